@@ -1,0 +1,303 @@
+"""The `silicon` command: each function parses, calls one engine function, renders and exits. No torch up here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import click
+import typer
+
+from siliconlm import __version__
+from siliconlm.cli import options
+from siliconlm.errors import SiliconError, from_os_error
+
+if TYPE_CHECKING:
+    from siliconlm.config import Layer
+    from siliconlm.engine import Request
+
+app = typer.Typer(
+    name="silicon",
+    help="Train a language model on the computer on your desk: measured settings, exact resume, nothing lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Begin with: silicon doctor; silicon train --time 60s; silicon sample 'To be or not'",
+)
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit 0 done, 1 something you can fix, 2 usage, 128 + signal when stopped by one."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: end without a traceback
+        sys.exit(0)
+    except SiliconError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(from_os_error(error))
+
+
+def _fail(error: SiliconError) -> NoReturn:
+    where = f" ({error.where})" if error.where else ""
+    print(f"error: {error.what}{where}", file=sys.stderr)
+    if error.fix:
+        print(f"  {error.fix}", file=sys.stderr)
+    if "--json" in sys.argv[1:]:
+        message = {"error": error.what, "where": error.where, "fix": error.fix, "kind": error.kind}
+        print(json.dumps(message))
+    sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"silicon {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: silicon doctor --json")
+def doctor(device: options.Device = None, json_out: options.Json = False) -> None:
+    """Look at this machine: facts, checks with remedies, the device a run would take."""
+    from siliconlm.cli import render
+    from siliconlm.hardware.diagnosis import diagnose
+
+    diagnosis = diagnose(device)
+    render.doctor(diagnosis, json_out)
+    raise typer.Exit(0 if diagnosis.healthy else 1)
+
+
+@app.command(epilog="Example: silicon prepare my-notes/ --name notes --tokenizer bpe --vocab-size 4096")
+def prepare(
+    source: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SOURCE]...", help="Files, folders, globs, or shakespeare. [default: built-in corpus]"),
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="N", help="Name of the dataset. [default: from SOURCE]")] = None,
+    tokenizer: Annotated[str, typer.Option(metavar="T", help="byte, char, bpe or a tokenizer.json.")] = "byte",
+    vocab_size: Annotated[int, typer.Option(metavar="V", help="Size of a bpe vocabulary.")] = 4096,
+    val_fraction: Annotated[float, typer.Option(metavar="F", help="Share of the text kept for validation.")] = 0.1,
+    force: Annotated[bool, typer.Option("--force", help="Replace a dataset of the same name.")] = False,
+    json_out: options.Json = False,
+) -> None:
+    """Turn text into tokens on disk."""
+    from siliconlm import engine
+    from siliconlm.cli import render
+
+    dataset = name or engine.dataset_name(source or [])
+    render.prepare(engine.prepare(source or [], dataset, tokenizer, vocab_size, val_fraction, force), json_out)
+
+
+@app.command("probe-batch", epilog="Example: silicon probe-batch --preset small --data shakespeare")
+def probe_batch(
+    data: options.Data = None,
+    preset: options.Preset = None,
+    assignments: options.Set = None,
+    device: options.Device = None,
+    limit: options.Seconds = "60s",
+    json_out: options.Json = False,
+) -> None:
+    """Try growing micro-batches with real training steps in child processes."""
+    from siliconlm import engine
+    from siliconlm.cli import render
+
+    request = _request(data, preset, "none", assignments, {"machine.device": device})
+    render.probes(engine.probe_batch(request, _seconds(limit)), json_out)
+
+
+@app.command(epilog="Example: silicon profile --preset small --data shakespeare")
+def profile(
+    data: options.Data = None,
+    preset: options.Preset = None,
+    assignments: options.Set = None,
+    device: options.Device = None,
+    limit: options.Seconds = "60s",
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    json_out: options.Json = False,
+) -> None:
+    """Measure this machine for a model and keep the best settings."""
+    from siliconlm import engine
+    from siliconlm.cli import render
+
+    request = _request(data, preset, "none", assignments, {"machine.device": device})
+    render.probes(engine.profile(request, _seconds(limit), refresh), json_out)
+
+
+@app.command(epilog="Example: silicon train --data shakespeare --preset tiny --time 2m --name first")
+def train(
+    data: options.Data = None,
+    preset: options.Preset = None,
+    profile: Annotated[
+        str, typer.Option(metavar="P", help="auto (measure once), none, a profile's name, or a TOML file.")
+    ] = "auto",
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Train for N steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(metavar="N", help="Train for N tokens.")] = None,
+    time: Annotated[str | None, typer.Option(metavar="TIME", help="Train for a time: 90s, 30m, 2h.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="RUN", help="Name of the run.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Decides weights, data order and dropout.")] = None,
+    assignments: options.Set = None,
+    device: options.Device = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all settings and where they come from.")] = False,
+    json_out: options.Json = False,
+) -> None:
+    """Train a model. Ctrl-C saves; `silicon resume` goes on exactly."""
+    from siliconlm import engine
+    from siliconlm.cli import render
+    from siliconlm.cli.signals import Signals
+
+    flags: dict[str, object] = {"train.steps": steps, "train.tokens": tokens, "train.time": time}
+    flags |= {"train.seed": seed, "machine.device": device}
+    request = _request(data, preset, profile, assignments, flags)
+    if dry_run:
+        render.dry_run(engine.forecast(request), json_out)
+        return
+    with Signals() as signals:
+        render.training(engine.train(request, name, signals.reason), json_out, signals)
+    raise typer.Exit(signals.exit_code)
+
+
+@app.command(epilog="Example: silicon resume first")
+def resume(run: options.Run = None, json_out: options.Json = False) -> None:
+    """Go on with a stopped run, exactly where its newest checkpoint stands."""
+    from siliconlm import engine
+    from siliconlm.cli import render
+    from siliconlm.cli.signals import Signals
+
+    with Signals() as signals:
+        render.training(engine.resume(run, signals.reason), json_out, signals)
+    raise typer.Exit(signals.exit_code)
+
+
+@app.command(epilog="Example: silicon sample 'To be or not' --max-tokens 200 --temperature 0.7")
+def sample(
+    prompt: Annotated[str, typer.Argument(help="Text to continue. Empty starts a new document.")] = "",
+    run: Annotated[
+        str | None, typer.Option(metavar="R", help="A run or model folder. [default: the latest run]")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Most tokens to make. [default: 300]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="0 always takes the likeliest. [default: 0.8]")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", help="Keep the K likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Keep the likeliest tokens up to probability P.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(metavar="P", help="Drop tokens under P of the likeliest's.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(metavar="X", help="Above 1 repeats less.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same text.")] = None,
+    num_samples: Annotated[int | None, typer.Option(metavar="N", help="How many continuations. [default: 1]")] = None,
+    step: options.Step = None,
+    device: options.Device = None,
+    json_out: options.Json = False,
+) -> None:
+    """Continue a text with a trained model."""
+    from siliconlm import engine
+    from siliconlm.cli import render
+    from siliconlm.config import sampling
+
+    settings = sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+        num_samples=num_samples,
+    )
+    render.sampling(engine.sample(prompt, run, settings, device, _step(step)), prompt, json_out)
+
+
+@app.command("eval", epilog="Example: silicon eval first --json")
+def evaluate(
+    run: options.Run = None,
+    data: options.Data = None,
+    step: options.Step = None,
+    device: options.Device = None,
+    json_out: options.Json = False,
+) -> None:
+    """Loss on the whole validation split: nats per token and bits per byte."""
+    from siliconlm import engine
+    from siliconlm.cli import render
+
+    render.evaluation(engine.validate(run, data, device, _step(step)), json_out)
+
+
+@app.command(epilog="Example: silicon runs --json")
+def runs(json_out: options.Json = False) -> None:
+    """A table of all runs."""
+    from siliconlm import engine
+    from siliconlm.cli import render
+
+    render.runs(engine.runs(), json_out)
+
+
+@app.command(epilog="Example: silicon settings train")
+def settings(
+    section: Annotated[str, typer.Argument(help="model, data, train, optim or machine. [default: all]")] = "",
+    json_out: options.Json = False,
+) -> None:
+    """Every setting that --set and profiles know, with its default."""
+    from siliconlm.cli import render
+
+    render.settings(section, json_out)
+
+
+def _request(
+    data: str | None, preset: str | None, profile: str, assignments: list[str] | None, flags: Mapping[str, object]
+) -> Request:
+    from siliconlm.engine import Request
+
+    return Request(data, preset, profile, tuple(assignments or ()), tuple(_layers(flags)))
+
+
+def _layers(flags: Mapping[str, object]) -> Iterator[Layer]:
+    """One layer for all flags that were given, so that two budgets on one command line contradict each other."""
+    from siliconlm.config import Layer
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    names = " ".join("--" + name.rsplit(".", 1)[1] for name in given)
+    if given:
+        yield Layer(names, given)
+
+
+def _seconds(text: str) -> float:
+    from siliconlm.config import seconds
+
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise SiliconError(f"--limit {text}: {error}") from None
+
+
+def _step(text: str | None) -> int | str | None:
+    if text is None or text == "best":
+        return text
+    if not text.isdigit():
+        raise SiliconError(f"--step {text} is neither a number nor best")
+    return int(text)

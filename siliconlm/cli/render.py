@@ -1,0 +1,383 @@
+"""Events on the terminal (Rich, on stderr), results on stdout, or JSON lines for programs. No decision is made here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from siliconlm import config as configs
+from siliconlm import events as ev
+from siliconlm.cli.signals import Signals
+from siliconlm.errors import SiliconError, nearest
+from siliconlm.hardware.diagnosis import Diagnosis
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False)
+MARKS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def clock(seconds: float | None) -> str:
+    """75 -> 1:15, 4000 -> 1:06:40."""
+    if seconds is None:
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def number(count: float) -> str:
+    """1234567 -> 1.23 M."""
+    for unit, scale in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def printable(text: str) -> str:
+    """Model output for a terminal: control characters that could steer it become visible."""
+    return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def as_json(record: Any) -> None:
+    print(json.dumps(record), flush=True)
+
+
+def notice(event: ev.Notice) -> None:
+    err.print(Text(event.message, style="yellow" if event.level == "warning" else "dim"))
+
+
+def choice(event: ev.Chosen) -> None:
+    line = Text(f"{event.setting} = {event.value}  ", style="bold")
+    err.print(line.append(Text(event.reason, style="not bold dim")))
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def doctor(diagnosis: Diagnosis, json_out: bool) -> None:
+    if json_out:
+        as_json(diagnosis.as_json())
+        return
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for check in diagnosis.checks:
+        mark, colour = MARKS[check.status]
+        detail = Text(check.detail)
+        if check.remedy:
+            detail.append(f"\n→ {check.remedy}", style=colour)
+        table.add_row(Text(mark, style=colour), check.name, detail)
+    for item in diagnosis.choices:
+        name = item.setting.rsplit(".", 1)[-1]
+        table.add_row(Text("→", style="cyan"), name, f"{item.value}: {item.reason}")
+    out.print(machine_line(diagnosis), style="bold")
+    out.print(table)
+
+
+def machine_line(diagnosis: Diagnosis) -> str:
+    facts = diagnosis.facts
+    cores = f"{facts.usable_cores} cores"
+    if facts.cores_performance and facts.cores_efficiency:
+        cores = f"{facts.cores_performance}+{facts.cores_efficiency} cores"
+    gpu = (
+        f", GPU {facts.gpu_name}" + (f" with {facts.gpu_cores} cores" if facts.gpu_cores else "")
+        if facts.gpu_name
+        else ""
+    )
+    return f"{facts.chip}, {cores}{gpu}, {facts.memory_total / 2**30:.0f} GiB, {facts.system} {facts.os_version}"
+
+
+def prepare(events: Iterable[ev.Event], json_out: bool) -> None:
+    for event in bars(events, json_out):
+        if isinstance(event, ev.Prepared):
+            if json_out:
+                as_json(event.as_json())
+                continue
+            splits, tokenizer = event.card["splits"], event.card["tokenizer"]
+            state = "is already prepared" if event.reused else "is ready"
+            out.print(f"dataset {event.name} {state}: {event.path}")
+            out.print(
+                f"  {splits['train']['tokens']:,} training and {splits['val']['tokens']:,} validation tokens, "
+                f"{tokenizer['kind']} tokenizer with {tokenizer['size']:,} entries"
+            )
+            out.print(f"  next: silicon train --data {event.name}")
+
+
+def bars(events: Iterable[ev.Event], quiet: bool) -> Iterator[ev.Event]:
+    """Show notices and a progress bar for Working records; pass everything else on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+        for event in events:
+            if isinstance(event, ev.Working):
+                amount = (
+                    f"{number(event.done)} of {number(event.total)} {event.unit}" if event.total else number(event.done)
+                )
+                if event.what not in tasks:
+                    tasks[event.what] = progress.add_task(event.what, amount=amount)
+                progress.update(tasks[event.what], completed=event.done, total=event.total or None, amount=amount)
+            elif isinstance(event, ev.Notice):
+                notice(event)
+            else:
+                yield event
+
+
+def probes(events: Iterable[ev.Event], json_out: bool) -> None:
+    """The table of probes as it grows, then the choices."""
+    rows: list[ev.Probed] = []
+    choices: list[ev.Chosen] = []
+    live = err.is_terminal and not json_out
+    with Live(console=err, transient=True, auto_refresh=False) if live else nothing() as view:
+        for event in bars(events, json_out):
+            if isinstance(event, ev.Probed):
+                rows.append(event)
+                if live:
+                    view.update(probe_table(rows), refresh=True)
+                elif not json_out:
+                    err.print(f"probed micro-batch {event.micro_batch}: {event.verdict}")
+            elif isinstance(event, ev.Chosen):
+                choices.append(event)
+    if json_out:
+        as_json({"probes": [row.as_json() for row in rows], "choices": [item.as_json() for item in choices]})
+        return
+    out.print(probe_table(rows))
+    for item in choices:
+        out.print(
+            Text(f"{item.setting} = {item.value}  ", style="bold").append(Text(item.reason, style="not bold dim"))
+        )
+
+
+class nothing:
+    """A `with` block without a live view."""
+
+    def __enter__(self) -> Any:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def probe_table(rows: list[ev.Probed]) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    for name in ("micro-batch", "tokens", "dtype", "peak memory", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    for row in rows:
+        memory = size(row.memory) if row.memory else "-"
+        rate = f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "-"
+        verdict = row.verdict + (f": {row.reason}" if row.reason else "")
+        style = "green" if row.verdict == "fits" else "yellow"
+        cells = (str(row.micro_batch), str(row.micro_batch * row.context), row.dtype, memory, rate)
+        table.add_row(*cells, Text(verdict, style=style))
+    return table
+
+
+def dry_run(forecast: Iterable[ev.Event | configs.RunConfig], json_out: bool) -> None:
+    """All resolved settings with their sources, and the shape of the run."""
+    config = started = None
+    for event in forecast:
+        if isinstance(event, configs.RunConfig):
+            config = event
+        elif isinstance(event, ev.Started):
+            started = event
+        elif isinstance(event, ev.Notice) and not json_out:
+            notice(event)
+    assert config is not None and started is not None
+    flat = configs.flatten(config.model_dump(exclude_none=True), "config")
+    if json_out:
+        sources = {
+            name: {"value": value, "source": config.sources.get(name, "default")} for name, value in flat.items()
+        }
+        as_json({"started": started.as_json(), "settings": sources})
+        return
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for name, value in flat.items():
+        table.add_row(Text(name, style="bold"), str(value), Text(config.sources.get(name, "default"), style="dim"))
+    out.print(table)
+    out.print(describe(started))
+    out.print("dry run: nothing was trained")
+
+
+def describe(started: ev.Started) -> str:
+    return (
+        f"{number(started.parameters)} parameters on {started.device}, dataset {started.dataset}, {started.budget}: "
+        f"{started.tokens_per_step:,} tokens a step = {started.micro_batch} x {started.context}"
+        + (f" x {started.accumulation} micro-steps" if started.accumulation > 1 else "")
+    )
+
+
+def training(events: Iterable[ev.Event], json_out: bool, signals: Signals) -> None:
+    """The live view of a run; `signals` become polite once there is something to save."""
+    view = TrainingView()
+    live = err.is_terminal and not json_out
+    with Live(view, console=err, refresh_per_second=4, transient=True) if live else nothing():
+        for event in events:
+            if isinstance(event, ev.Started):
+                signals.polite = True
+            if json_out:
+                as_json(event.as_json())
+            else:
+                view.take(event)
+    if not json_out and view.finished:
+        finish(view.finished)
+
+
+class TrainingView:
+    """Two lines that fit in 80 columns: a bar with the time left, and the figures."""
+
+    def __init__(self) -> None:
+        self.progress: ev.Progress | None = None
+        self.evaluated: ev.Evaluated | None = None
+        self.finished: ev.Finished | None = None
+        self.smooth: float | None = None
+        self.told = 0
+
+    def take(self, event: ev.Event) -> None:
+        if isinstance(event, ev.Notice):
+            notice(event)
+        elif isinstance(event, ev.Chosen):
+            choice(event)
+        elif isinstance(event, ev.Probed):
+            rate = f"{event.tokens_per_s:,.0f} tokens/s, {size(event.memory)}" if event.memory else event.reason
+            err.print(Text(f"  micro-batch {event.micro_batch}: {event.verdict}, {rate}", style="dim"))
+        elif isinstance(event, ev.Started):
+            err.print(describe(event))
+            err.print(Text(f"run {event.run}: {event.path}", style="dim"))
+        elif isinstance(event, ev.Resumed):
+            err.print(f"resumed from step {event.step:,}")
+        elif isinstance(event, ev.Step):
+            self.smooth = event.loss if self.smooth is None else 0.95 * self.smooth + 0.05 * event.loss
+        elif isinstance(event, ev.Progress):
+            self.progress = event
+        elif isinstance(event, ev.Evaluated):
+            self.evaluated = event
+            whole = "" if event.complete else " (part of the validation split)"
+            loss = f"{self.smooth:.3f}" if self.smooth is not None else "-"
+            err.print(f"step {event.step:>6,}  loss {loss}  val_loss {event.val_loss:.4f}{whole}")
+        elif isinstance(event, ev.Saved):
+            err.print(Text(f"saved step {event.step:,} ({size(event.bytes)})", style="dim"))
+        elif isinstance(event, ev.Finished):
+            self.finished = event
+
+    def __rich__(self) -> Group:
+        now = self.progress
+        if now is None:
+            return Group(Text("getting ready ...", style="dim"))
+        width = 30
+        filled = round(now.done * width)
+        bar = Text("━" * filled, style="green") + Text("━" * (width - filled), style="dim")
+        first = Text.assemble(
+            bar, f" {now.done:4.0%}  step {now.step:,}  {clock(now.seconds)} + {clock(now.seconds_left)} left"
+        )
+        loss = self.smooth if self.smooth is not None else now.loss
+        val = f"  val {self.evaluated.val_loss:.4f}" if self.evaluated else ""
+        return Group(first, Text(f"loss {loss:.4f}{val}  {number(now.tokens_per_s)} tokens/s  {size(now.memory)}"))
+
+
+def finish(event: ev.Finished) -> None:
+    done = event.reason == "done"
+    out.print(
+        f"run {event.run} {'is done' if done else f'stopped by {event.reason}'}: step {event.step:,}, "
+        f"{number(event.tokens)} tokens in {clock(event.seconds)}"
+    )
+    if event.val_loss is not None:
+        out.print(f"  val_loss {event.val_loss:.4f} nats/token, {event.val_bpb:.4f} bits/byte")
+    if done:
+        out.print(f'  next: silicon sample "To be or not" --run {event.run}')
+    else:
+        out.print(f"  go on with: silicon resume {event.run}")
+
+
+def sampling(events: Iterable[ev.Event], prompt: str, json_out: bool) -> None:
+    """The prompt and what follows, as it comes; the counts go to stderr."""
+    texts: dict[int, str] = {}
+    counts: list[dict[str, Any]] = []
+    show = printable if sys.stdout.isatty() else str
+    for event in bars(events, json_out):
+        if not isinstance(event, ev.Sampled):
+            continue
+        if event.sample not in texts:
+            texts[event.sample] = prompt
+            if not json_out:
+                print(("" if event.sample == 0 else "\n---\n") + show(prompt), end="")
+        texts[event.sample] += event.text
+        if not json_out:
+            print(show(event.text), end="\n" if event.done else "", flush=True)
+        if event.done:
+            rate = event.tokens / event.seconds if event.seconds else 0.0
+            facts = {"tokens": event.tokens, "tokens_per_s": round(rate, 1), "stopped_by": event.stopped_by}
+            counts.append({"text": texts[event.sample], **facts})
+    if json_out:
+        as_json({"prompt": prompt, "samples": counts})
+    else:
+        total = sum(item["tokens"] for item in counts)
+        err.print(Text(f"{total} tokens, {counts[-1]['tokens_per_s']:.0f} tokens/s", style="dim"))
+
+
+def evaluation(events: Iterable[ev.Event], json_out: bool) -> None:
+    for event in bars(events, json_out):
+        if isinstance(event, ev.Evaluated):
+            if json_out:
+                as_json({name: value for name, value in event.as_json().items() if name != "event"})
+            else:
+                out.print(
+                    f"step {event.step:,}: val_loss {event.val_loss:.4f} nats/token, {event.val_bpb:.4f} bits/byte"
+                )
+                out.print(f"  {event.tokens:,} tokens, the whole validation split, in {event.seconds:.1f} s")
+
+
+def runs(rows: list[dict[str, Any]], json_out: bool) -> None:
+    if json_out:
+        as_json({"runs": rows})
+        return
+    if not rows:
+        out.print("no runs yet: silicon train")
+        return
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    table.add_column("run", overflow="fold", style="bold")
+    for name in ("dataset", "preset", "size", "step", "budget", "val_loss", "state"):
+        table.add_column(name, justify="right" if name in ("size", "step", "budget", "val_loss") else "left")
+    for row in rows:
+        val = f"{row['val_loss']:.4f}" if row.get("val_loss") else "-"
+        parameters = number(row["parameters"]) if row.get("parameters") else "-"
+        cells = (row["run"], row.get("dataset", "-"), row.get("preset", "-"), parameters)
+        table.add_row(*cells, f"{row.get('step', 0):,}", row.get("budget", "-"), val, row["state"])
+    out.print(table)
+
+
+def settings(section: str, json_out: bool) -> None:
+    known = {name: field for name, field in configs.known_settings().items() if name.startswith(section)}
+    if not known:
+        sections = sorted({name.split(".")[0] for name in configs.known_settings()})
+        raise SiliconError(
+            f"no section {section}", fix=nearest(section, sections) or f"There are: {', '.join(sections)}."
+        )
+    if json_out:
+        as_json({name: {"default": field.default, "help": field.description} for name, field in known.items()})
+        return
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for name, field in known.items():
+        default = "-" if field.default is None else str(field.default)
+        table.add_row(Text(name, style="bold"), default, Text(field.description or "", style="dim"))
+    out.print(table)

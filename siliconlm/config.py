@@ -1,0 +1,330 @@
+"""Every setting, written once: name, type, bounds, default, help. Layers of them resolve to one frozen `RunConfig`."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from siliconlm.errors import SiliconError, nearest
+from siliconlm.files import write_file
+
+BUDGETS = ("train.steps", "train.tokens", "train.time")
+METADATA = {"sources", "about"}  # tables of a profile that are not settings
+
+
+def seconds(text: str | int | float) -> float:
+    """A duration in seconds out of `90`, `90s`, `30m`, `2h`, `1h30m`, `1d`."""
+    if isinstance(text, int | float):
+        return float(text)
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    parts = re.fullmatch(r"\s*(?:([\d.]+)d)?\s*(?:([\d.]+)h)?\s*(?:([\d.]+)m)?\s*(?:([\d.]+)s?)?\s*", text)
+    try:
+        values = [float(part) * unit for part, unit in zip(parts.groups(), units.values(), strict=True) if part]  # type: ignore[union-attr]
+    except (AttributeError, ValueError):
+        values = []
+    if not values:
+        raise ValueError("a time is written like 90s, 30m, 2h or 1h30m")
+    return sum(values)
+
+
+Duration = Annotated[float, BeforeValidator(seconds)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The decoder by features. The default features are Qwen3's; `siliconlm.model.families` names the others."""
+
+    n_layer: int = Field(4, ge=1, le=1000, description="decoder blocks")
+    n_embd: int = Field(128, ge=8, description="width of the residual stream")
+    n_head: int = Field(4, ge=1, description="query heads")
+    n_kv_head: int = Field(2, ge=1, description="key and value heads; fewer than n_head is grouped-query attention")
+    head_dim: int = Field(32, ge=2, multiple_of=2, description="width of one head")
+    n_ff: int = Field(384, ge=8, description="width inside the MLP")
+    vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0 takes the data's, padded to 64")
+    context: int = Field(256, ge=2, description="longest sequence, and the training sequence length, in tokens")
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before attention and MLP")
+    position: Literal["rope", "learned"] = Field("rope", description="how positions enter")
+    mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="the MLP's shape")
+    qk_norm: bool = Field(True, description="RMSNorm of queries and keys per head (Qwen3)")
+    bias: bool = Field(False, description="biases in linear layers (GPT-2)")
+    tied: bool = Field(True, description="output head shares the embedding's weights")
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
+    norm_eps: float = Field(1e-6, gt=0, description="epsilon of the norms")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of attention, MLP output and embedding")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        return self
+
+
+class DataConfig(Section):
+    name: str = Field("", description="a prepared dataset, by name or folder")
+
+
+class TrainConfig(Section):
+    """The recipe. Nothing here may depend on the machine."""
+
+    steps: int | None = Field(None, ge=1, description="budget in optimiser steps")
+    tokens: int | None = Field(None, ge=1, description="budget in tokens")
+    time: Duration | None = Field(None, gt=0, description="budget in wall time, final evaluation and save included")
+    tokens_per_step: int = Field(4096, ge=2, description="tokens of one optimiser step, on every machine")
+    schedule: Literal["wsd", "cosine", "constant"] = Field("wsd", description="learning rate over the budget")
+    warmup: float = Field(0.02, ge=0, le=1, description="share of the budget spent warming up")
+    decay: float = Field(0.5, ge=0, le=1, description="share of the budget spent decaying (wsd)")
+    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of its peak")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 switches it off")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0 evaluates at each twentieth of the run")
+    eval_tokens: int = Field(32_768, ge=1, description="validation tokens used during training; the end uses all")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves every 5 minutes")
+    keep: int = Field(3, ge=2, description="checkpoints kept besides the best")
+    seed: int = Field(1, ge=0, lt=2**63, description="decides initial weights, data order and dropout")
+
+
+class OptimConfig(Section):
+    name: Literal["muon", "adamw"] = Field("muon", description="muon: Muon for matrices, AdamW for the rest")
+    lr: float = Field(3e-3, gt=0, description="AdamW's peak learning rate")
+    matrix_lr: float = Field(0.02, gt=0, description="Muon's peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment decay")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
+
+
+class MachineConfig(Section):
+    """What may differ between machines without changing the recipe. `silicon profile` measures these."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="where to train")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the matmuls")
+    micro_batch: int | None = Field(None, ge=1, description="sequences in memory at once; accumulation does the rest")
+    checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
+    compile: bool = Field(False, description="torch.compile the blocks (experimental)")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 takes the physical cores")
+
+
+class SampleConfig(Section):
+    """How text is drawn from a model."""
+
+    max_tokens: int = Field(300, ge=1, description="most tokens to make")
+    temperature: float = Field(0.8, ge=0, le=10, description="0 always takes the likeliest token")
+    top_k: int = Field(0, ge=0, description="keep the K likeliest tokens; 0 keeps all")
+    top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens that make up this probability")
+    min_p: float = Field(0.0, ge=0, lt=1, description="drop tokens under this share of the likeliest one's probability")
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description="above 1 makes tokens already seen less likely")
+    stop: tuple[str, ...] = Field((), description="end before this text")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed gives the same text")
+    num_samples: int = Field(1, ge=1, le=1000, description="how many continuations to make")
+
+
+class RunConfig(Section):
+    """All settings of a run, and where each came from."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    machine: MachineConfig = MachineConfig()
+    sources: dict[str, str] = Field(default_factory=dict, exclude=True)
+
+    @model_validator(mode="after")
+    def _steps_hold_whole_sequences(self) -> RunConfig:
+        if self.train.tokens_per_step % self.model.context:
+            tokens, context = self.train.tokens_per_step, self.model.context
+            raise ValueError(f"train.tokens_per_step {tokens} is not a multiple of model.context {context}")
+        micro = self.machine.micro_batch
+        if micro and self.sequences_per_step % micro:
+            fits = ", ".join(map(str, divisors(self.sequences_per_step)))
+            raise ValueError(
+                f"machine.micro_batch {micro} does not divide the {self.sequences_per_step} sequences of a step; "
+                f"choose one of {fits}"
+            )
+        return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.train.tokens_per_step // self.model.context
+
+    def replace(self, source: str, **values: Any) -> RunConfig:
+        """A copy with dotted settings changed, e.g. `replace("probe", **{"machine.micro_batch": 8})`."""
+        return resolve(*layers_of(self), Layer(source, values))
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Settings by dotted name, and the words that say where they came from ("preset tiny", "--set", "--steps")."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+def divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def known_settings() -> dict[str, Any]:
+    """Every setting by dotted name, with its pydantic field (type, default, description)."""
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items() if name != "sources"}
+    return {
+        f"{section}.{name}": field
+        for section, model in sections.items()
+        for name, field in model.model_fields.items()  # type: ignore[union-attr]
+    }
+
+
+def resolve(*layers: Layer) -> RunConfig:
+    """Later layers win. A budget (steps, tokens or time) replaces any other budget of the layers below it."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    known = known_settings()
+    for layer in layers:
+        given = {name: value for name, value in layer.values.items() if value is not None}
+        for name in given:
+            if name not in known:
+                raise SiliconError(
+                    f"unknown setting {name}", where=layer.source, fix=nearest(name, known) or "See silicon settings."
+                )
+        _one_budget(layer.source, given, values, sources)
+        values |= given
+        sources |= dict.fromkeys(given, layer.source)
+    return _validate(values, sources)
+
+
+def _one_budget(source: str, given: dict[str, Any], values: dict[str, Any], sources: dict[str, str]) -> None:
+    budgets = [name for name in BUDGETS if name in given]
+    if len(budgets) > 1:
+        raise SiliconError(f"{' and '.join(budgets)} are both given; a run has one budget", where=source)
+    if budgets:
+        for name in BUDGETS:
+            values.pop(name, None)
+            sources.pop(name, None)
+
+
+def _validate(values: dict[str, Any], sources: dict[str, str]) -> RunConfig:
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        section, key = name.split(".", 1)
+        nested.setdefault(section, {})[key] = value
+    try:
+        return RunConfig(**nested, sources=sources)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if name in values:
+            message = f"{name} = {values[name]!r}: {message[0].lower()}{message[1:]}"
+        raise SiliconError(message, where=sources.get(name, ""), fix="See silicon settings.") from None
+
+
+def sampling(**values: Any) -> SampleConfig:
+    """Sampling settings out of the flags that were given; the rest keep their defaults."""
+    try:
+        return SampleConfig(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        flag = "--" + str(problem["loc"][0]).replace("_", "-")
+        message = f"{flag} {values[str(problem['loc'][0])]}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        raise SiliconError(message, fix="See silicon sample --help.") from None
+
+
+def layers_of(config: RunConfig) -> list[Layer]:
+    """A resolved config as layers again, one a source, so that more can be laid on top."""
+    flat = flatten(config.model_dump(exclude_none=True), "config")
+    by_source: dict[str, dict[str, Any]] = {}
+    for name, source in config.sources.items():
+        by_source.setdefault(source, {})[name] = flat[name]
+    return [Layer(source, values) for source, values in by_source.items()]
+
+
+def flatten(tables: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """{"model": {"n_layer": 4}} -> {"model.n_layer": 4}, refusing what is no table of settings."""
+    flat: dict[str, Any] = {}
+    for section, table in tables.items():
+        if section in METADATA:
+            continue
+        if not isinstance(table, Mapping):
+            raise SiliconError(
+                f"{section} stands outside a table", where=source, fix="Write it under [model], [train]..."
+            )
+        flat |= {f"{section}.{key}": value for key, value in table.items()}
+    return flat
+
+
+def parse_assignments(assignments: Iterable[str]) -> Layer:
+    """`--set key=value`, the value read as TOML where it is TOML and as text where it is not."""
+    values: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SiliconError(f"--set {text!r} has no value", fix="Write --set train.save_every=100.")
+        values[name.strip()] = _toml_value(value.strip())
+    return Layer("--set", values)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def profile_folders() -> list[Path]:
+    """Where presets and hand-made profiles lie: in the installed package, or at the top of the source tree."""
+    package = Path(__file__).parent
+    return [folder for folder in (package / "profiles", package.parent / "profiles") if folder.is_dir()]
+
+
+def profile_names() -> list[str]:
+    return sorted(path.stem for folder in profile_folders() for path in folder.glob("*.toml"))
+
+
+def read_profile(name: str, *, kind: str = "profile") -> Layer:
+    """A preset or profile by name, or a TOML file by path."""
+    path = Path(name)
+    if path.suffix != ".toml" and "/" not in name:
+        found = [folder / f"{name}.toml" for folder in profile_folders() if (folder / f"{name}.toml").is_file()]
+        if not found:
+            known = profile_names()
+            fix = nearest(name, known) or f"There are: {', '.join(known)}."
+            raise SiliconError(f"no {kind} named {name}", fix=fix, kind="missing_input")
+        path = found[0]
+    return Layer(
+        f"{kind} {path.stem if path.parent in profile_folders() else path}", flatten(read_toml(path), str(path))
+    )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SiliconError("no such file", where=str(path), kind="missing_input") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SiliconError(f"not valid TOML: {error}", where=str(path)) from None
+
+
+def write_run(path: Path, config: RunConfig, about: Mapping[str, Any]) -> None:
+    """run.toml: the resolved settings, where each came from, and facts about the run. Readable as a profile."""
+    tables = {"about": dict(about), **config.model_dump(exclude_none=True), "sources": config.sources}
+    write_file(path, tomli_w.dumps(tables))
+
+
+def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The settings of a run folder with their sources, and its facts."""
+    tables = read_toml(path)
+    sources = tables.get("sources", {})
+    flat = flatten(tables, str(path))
+    layers = [Layer(sources.get(name, "default"), {name: value}) for name, value in flat.items()]
+    config = resolve(*layers)
+    return config.model_copy(update={"sources": dict(sources)}), tables.get("about", {})

@@ -1,0 +1,488 @@
+"""From text to a dataset: a folder with tokenizer.json, train.bin, val.bin and the data card dataset.json.
+
+Two passes in bounded memory: the first counts and hashes, the second encodes. The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from siliconlm import __version__
+from siliconlm.data import builtin
+from siliconlm.data.shards import Shard, ShardWriter, dtype_for
+from siliconlm.data.sources import BUILTIN_SEED, Document, Source, builtin_pieces, open_sources
+from siliconlm.data.tokenizer import (
+    KINDS,
+    Tokenizer,
+    bpe_tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    chunks,
+    open_tokenizer,
+)
+from siliconlm.errors import SiliconError, nearest
+from siliconlm.events import Event, Notice, Prepared, Working
+from siliconlm.files import home, staged_folder, write_file
+
+FORMAT = 1
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+SHORTEST_TEXT = 200
+LEARN_FROM = 100_000_000  # the most bytes of text a BPE vocabulary is learned from
+DISTINCT = 4_000_000  # the most bytes of different words: the trainer takes about a hundred times as much memory
+BATCH = 1 << 19  # characters encoded at once, on all cores
+CODE_POINTS = 0x110000
+
+
+@dataclass(slots=True)
+class _Scanned:
+    """What the first pass found out about one document."""
+
+    document: Document
+    characters: int = 0
+    bytes: int = 0
+    sha256: str = ""
+
+
+@dataclass(slots=True)
+class _Text:
+    """All documents in a row, and where the validation text begins."""
+
+    sources: list[Source]
+    documents: list[_Scanned] = field(default_factory=list)
+    alphabet: set[str] = field(default_factory=set)
+    n_train: int = 0
+
+    @property
+    def characters(self) -> int:
+        return sum(item.characters for item in self.documents)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The part of a document that belongs to one split, in characters."""
+
+    item: _Scanned
+    start: int
+    end: int
+
+
+def prepare(
+    sources: list[str],
+    name: str,
+    tokenizer: str = "byte",
+    vocab_size: int = 4096,
+    val_fraction: float = 0.1,
+    force: bool = False,
+    folder: Path | None = None,
+) -> Iterator[Event]:
+    """Make the dataset `name` out of `sources` (see `open_sources`), in `folder` or the home's data folder.
+
+    `tokenizer` is byte, char, bpe (with `vocab_size`) or the path of a tokenizer.json. The last `val_fraction` of all
+    characters is for validation. A dataset that was made from the same text in the same way is used again.
+    """
+    _check_arguments(name, val_fraction)
+    given = _given_tokenizer(tokenizer)
+    target = (folder or data_folder()) / name
+    text = _Text((yield from open_sources(sources)))
+    yield from _scan(text, alphabet=tokenizer == "char")
+    text.n_train = int(text.characters * (1 - Fraction(str(val_fraction))))
+    _check_length(text)
+    recipe = _recipe(text, tokenizer, given, vocab_size, val_fraction)
+    if target.exists() and not force:
+        yield _reused(target, recipe)
+        return
+    made = given or (yield from _make_tokenizer(text, tokenizer, vocab_size))
+    yield from _warn(text, made)
+    with staged_folder(target) as stage:
+        card = yield from _write(stage, name, text, made, recipe)
+    yield Prepared(name, str(target), card)
+
+
+def data_folder() -> Path:
+    """Where datasets live."""
+    return home() / "data"
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(name: str, val_fraction: float) -> None:
+    if not NAME.fullmatch(name):
+        fix = "Use letters, digits, dots, dashes and underscores, for example: --name my-text"
+        raise SiliconError(f"{name!r} cannot be the name of a dataset", where="--name", fix=fix)
+    if not 0 < val_fraction < 1:
+        fix = "Type --val-fraction 0.1"
+        raise SiliconError(f"val_fraction {val_fraction} is not between 0 and 1", where="--val-fraction", fix=fix)
+
+
+def _given_tokenizer(word: str) -> Tokenizer | None:
+    """The tokenizer that stands before the text is read; none for those that depend on it."""
+    if word == "byte":
+        return byte_tokenizer()
+    return None if word in KINDS else open_tokenizer(Path(word).expanduser())
+
+
+def _check_length(text: _Text) -> None:
+    if text.characters < SHORTEST_TEXT:
+        what = f"the text is too small: {text.characters} characters, at least {SHORTEST_TEXT} are needed"
+        raise SiliconError(what, where=_given(text), fix="Give more text.", kind="bad_data")
+
+
+def _given(text: _Text) -> str:
+    return " ".join(source.name for source in text.sources)
+
+
+def _recipe(
+    text: _Text, tokenizer: str, given: Tokenizer | None, vocab_size: int, val_fraction: float
+) -> dict[str, Any]:
+    """All that decides the tokens: two datasets with the same recipe are the same."""
+    return {
+        "files": [item.sha256 for item in text.documents],
+        "tokenizer": given.sha256 if given else tokenizer,
+        "vocab_size": vocab_size if tokenizer == "bpe" else None,
+        "val_fraction": val_fraction,
+    }
+
+
+def _reused(target: Path, recipe: dict[str, Any]) -> Prepared:
+    card = _read_card(target)
+    if card.get("recipe") != recipe:
+        other = [key for key, value in recipe.items() if card.get("recipe", {}).get(key) != value]
+        why = "from other text" if "files" in other else "with another " + " and ".join(other)
+        what = f"dataset {target.name} exists and was made {why}"
+        fix = "Type --name OTHER for a new one, or --force to replace it."
+        raise SiliconError(what, where=str(target), fix=fix, kind="cannot_create")
+    with open_dataset(str(target)):
+        return Prepared(target.name, str(target), card, reused=True)
+
+
+# --- first pass: counting --------------------------------------------------------------------------------------------
+
+
+def _scan(text: _Text, alphabet: bool) -> Iterator[Event]:
+    """Count and hash every document; collect the characters where the tokenizer needs them."""
+    documents = [document for source in text.sources for document in source.documents]
+    total = sum(document.size for document in documents)
+    seen = np.zeros(CODE_POINTS, dtype=bool)
+    done = 0
+    for document in documents:
+        item = _Scanned(document)
+        for piece in _count(item):
+            if alphabet:
+                seen[np.frombuffer(piece.encode("utf-32-le"), dtype=np.uint32)] = True
+            yield Working("reading", min(done + item.bytes, total), total, "bytes")
+        text.documents.append(item)
+        done += item.bytes
+    text.alphabet = {chr(code) for code in np.flatnonzero(seen)}
+
+
+def _count(item: _Scanned) -> Iterator[str]:
+    """The pieces of a document; fills `item` on the way."""
+    digest = hashlib.sha256()
+
+    def watch(piece: bytes) -> None:
+        digest.update(piece)
+        item.bytes += len(piece)
+
+    for piece in item.document.pieces(watch=watch):
+        item.characters += len(piece)
+        yield piece
+    item.sha256 = digest.hexdigest()
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def _make_tokenizer(text: _Text, kind: str, vocab_size: int) -> Generator[Event, None, Tokenizer]:
+    if kind == "char":
+        return char_tokenizer(text.alphabet)
+    yield Working(f"learning a vocabulary of {vocab_size:,} tokens", 0, 0)
+    size = _learnable(text)
+    made = bpe_tokenizer(_sample(text, size), vocab_size)
+    if size < _train_bytes(text):
+        yield Notice(f"the vocabulary was learned from {size / 1e6:.0f} MB of the training text, taken evenly")
+    if made.size < vocab_size:
+        yield Notice(
+            f"the vocabulary has {made.size:,} tokens, not {vocab_size:,}: the text has no more pairs to merge"
+        )
+    return made
+
+
+def _train_bytes(text: _Text) -> int:
+    """About how many bytes the training text has."""
+    return sum(item.bytes for item in text.documents) * text.n_train // text.characters
+
+
+def _learnable(text: _Text) -> int:
+    """How many bytes to learn from: few where words hardly repeat, for each different one takes memory."""
+    if _train_bytes(text) <= DISTINCT:
+        return _train_bytes(text)
+    words = {word for chunk in _sample(text, DISTINCT) for word in chunk.split()}
+    distinct = sum(len(word.encode()) for word in words)
+    return min(LEARN_FROM, _train_bytes(text), DISTINCT * DISTINCT // distinct)
+
+
+def _sample(text: _Text, size: int) -> Iterator[str]:
+    """About `size` bytes of the training text, in chunks taken evenly. The validation text stays unseen.
+
+    Small chunks also bound the length of a "word": what a merge costs the trainer grows with the words it stands in,
+    so that a text without spaces would take hours.
+    """
+    share = min(1.0, size / _train_bytes(text))
+    owed = 0.0
+    for span in _spans(text, 0, text.n_train):
+        for chunk in chunks(_characters(span), size=256, longest=512):
+            owed += share
+            if owed >= 1:
+                owed -= 1
+                yield chunk
+
+
+def _warn(text: _Text, made: Tokenizer) -> Iterator[Notice]:
+    """Say so where a given tokenizer changes the text, or sees the beginning of a text in its own way."""
+    if made.kind in KINDS:
+        return
+    beginning = next(chunks(_characters(_spans(text, 0, text.n_train)[0])))
+    lost = made.missing(beginning)
+    if lost:
+        shown = " ".join(repr(character)[1:-1] for character in lost[:10])
+        yield Notice(f"{made.kind} loses {len(lost)} characters of this text: {shown}", level="warning")
+    parts = list(chunks([beginning], size=len(beginning) // 2))
+    if list(chain.from_iterable(made.encode_batch(parts))) != made.encode(beginning):
+        message = f"{made.kind} treats the beginning of a text in its own way: a few tokens at chunk borders differ"
+        yield Notice(message, level="warning")
+
+
+# --- second pass: encoding -------------------------------------------------------------------------------------------
+
+
+def _write(
+    stage: Path, name: str, text: _Text, made: Tokenizer, recipe: dict[str, Any]
+) -> Generator[Event, None, dict[str, Any]]:
+    """Everything in the dataset's folder; returns the card."""
+    splits = {}
+    for split, start, end in (("train", 0, text.n_train), ("val", text.n_train, text.characters)):
+        with ShardWriter(stage / f"{split}.bin", dtype_for(made.size), made.sha256) as shard:
+            counts = yield from _encode(_spans(text, start, end), made, shard, start, text.characters)
+        if counts["tokens"] - counts["documents"] < 2:
+            what = f"the text is too small: {split} has {counts['tokens'] - counts['documents']} tokens of text"
+            fix = "Give more text, or another --val-fraction."
+            raise SiliconError(what, where=_given(text), fix=fix, kind="bad_data")
+        splits[split] = counts | {"sha256": shard.sha256}
+    card = _card(name, text, made, recipe, splits)
+    write_file(stage / "tokenizer.json", made.json())
+    write_file(stage / "dataset.json", json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def _spans(text: _Text, start: int, end: int) -> list[_Span]:
+    """The parts of documents that lie between two characters of the whole text."""
+    spans = []
+    first = 0
+    for item in text.documents:
+        last = first + item.characters
+        if first < end and last > start:
+            spans.append(_Span(item, max(start, first) - first, min(end, last) - first))
+        first = last
+    return spans
+
+
+def _characters(span: _Span) -> Iterator[str]:
+    """The text of a span, in pieces. Notices when a file no longer has the length it was counted with."""
+    at = 0
+    for piece in span.item.document.pieces():
+        part = piece[max(0, span.start - at) : max(0, span.end - at)]
+        at += len(piece)
+        if part:
+            yield part
+        if at >= span.end:
+            return
+    fix = "Wait until nothing writes to it, and prepare again."
+    raise SiliconError("the file changed while it was read", where=span.item.document.name, fix=fix, kind="bad_data")
+
+
+def _encode(
+    spans: list[_Span], made: Tokenizer, shard: ShardWriter, done: int, total: int
+) -> Generator[Event, None, dict[str, int]]:
+    """Write the tokens of one split, each document after an end-of-text token; returns what was counted."""
+    counts = {"documents": len(spans), "characters": 0, "bytes": 0}
+    for batch in _batches(spans):
+        encoded = made.encode_arrays([chunk for _, chunk in batch])
+        begin = np.array([made.eos], dtype=np.uint32)
+        for (first, chunk), ids in zip(batch, encoded, strict=True):
+            shard.write(np.concatenate([begin, ids]) if first else ids)
+            counts["characters"] += len(chunk)
+            counts["bytes"] += len(chunk.encode())
+        yield Working("encoding", done + counts["characters"], total, "characters")
+    return counts | {"tokens": shard.count}
+
+
+def _batches(spans: list[_Span]) -> Iterator[list[tuple[bool, str]]]:
+    """Chunks to encode together, each with whether a document begins with it. Small documents share a batch."""
+    batch: list[tuple[bool, str]] = []
+    held = 0
+    for span in spans:
+        for number, chunk in enumerate(chunks(_characters(span))):
+            batch.append((number == 0, chunk))
+            held += len(chunk)
+            if held >= BATCH:
+                yield batch
+                batch, held = [], 0
+    if batch:
+        yield batch
+
+
+# --- the data card ---------------------------------------------------------------------------------------------------
+
+
+def _card(
+    name: str, text: _Text, made: Tokenizer, recipe: dict[str, Any], splits: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    card: dict[str, Any] = {"format": FORMAT, "name": name, "siliconlm": __version__}
+    card["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    card["sources"] = _source_entries(text)
+    card["tokenizer"] = {"kind": made.kind, "size": made.size, "sha256": made.sha256}
+    card["splits"] = splits
+    card["recipe"] = recipe
+    if any(source.builtin for source in text.sources):
+        card["seed"] = BUILTIN_SEED
+    if len(text.sources) == 1 and text.sources[0].builtin:
+        card["entropy_floor"] = _entropy_floor(text)
+    return card
+
+
+def _source_entries(text: _Text) -> list[dict[str, Any]]:
+    items = iter(text.documents)
+    entries = []
+    for source in text.sources:
+        own = [next(items) for _ in source.documents]
+        files = [{"name": item.document.name, "bytes": item.bytes, "sha256": item.sha256} for item in own]
+        entries.append({"given": source.name, "files": files})
+    return entries
+
+
+def _entropy_floor(text: _Text) -> dict[str, float]:
+    """Nats per character that no model can beat on average: of the grammar, and what this validation text cost it."""
+    at, nats = 0, 0.0
+    for piece in builtin_pieces():
+        before, at = at, at + len(piece.text)
+        if at > text.n_train:
+            nats += piece.nats * (at - max(before, text.n_train)) / len(piece.text)
+    return {"grammar": builtin.entropy_rate(), "val": nats / (text.characters - text.n_train)}
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A prepared dataset. `card` is its dataset.json."""
+
+    name: str
+    path: Path
+    card: dict[str, Any]
+    tokenizer: Tokenizer
+    train: Shard
+    val: Shard
+
+    @property
+    def val_bytes(self) -> int:
+        """UTF-8 bytes of the validation text: what bits per byte are counted over."""
+        return int(self.card["splits"]["val"]["bytes"])
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash of the tokens, the tokenizer and the split: equal where training would see the same data."""
+        counts = [str(self.card["splits"][split]["characters"]) for split in ("train", "val")]
+        parts = [self.train.sha256, self.val.sha256, self.tokenizer.sha256, *counts]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Read both token files whole and compare them with their hashes."""
+        self.train.verify()
+        self.val.verify()
+
+    def close(self) -> None:
+        self.train.close()
+        self.val.close()
+
+    def __enter__(self) -> Dataset:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def datasets() -> list[str]:
+    """The names of the datasets in the home, sorted."""
+    folder = data_folder()
+    return sorted(path.parent.name for path in folder.glob("*/dataset.json") if not path.parent.name.startswith("."))
+
+
+def open_dataset(name_or_path: str) -> Dataset:
+    """Open a dataset by its name or its folder. Checks that card, tokenizer and token files belong together."""
+    path = _find(name_or_path)
+    card = _read_card(path)
+    tokenizer = open_tokenizer(path / "tokenizer.json", card["tokenizer"]["kind"])
+    if tokenizer.sha256 != card["tokenizer"]["sha256"]:
+        raise _corrupt(path / "tokenizer.json", "not the tokenizer that made the tokens")
+    train = _open_shard(path, "train", card, tokenizer)
+    try:
+        val = _open_shard(path, "val", card, tokenizer)
+    except BaseException:
+        train.close()
+        raise
+    return Dataset(path.name, path, card, tokenizer, train, val)
+
+
+def _find(word: str) -> Path:
+    for path in (data_folder() / word, Path(word).expanduser()):
+        if word and (path / "dataset.json").is_file():
+            return path
+    if word and "/" not in word and (data_folder() / word).is_dir():
+        raise _corrupt(data_folder() / word / "dataset.json", "the file is missing")
+    there = datasets()
+    listed = f"There are: {', '.join(there)}. " if there else "There are none yet. "
+    make = f"Make one: silicon prepare path/to/input.txt --name {word or 'NAME'}"
+    fix = (nearest(word, there) + " " + listed + make).strip()
+    raise SiliconError(f"no dataset named {word!r}", fix=fix, kind="missing_input")
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset.json"
+    try:
+        card = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise _corrupt(path, "the file is missing") from error
+    except ValueError as error:
+        raise _corrupt(path, "not JSON") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise _corrupt(path, f"not a data card of format {FORMAT}")
+    if any(not isinstance(card.get(key), dict) for key in ("tokenizer", "splits", "recipe")):
+        raise _corrupt(path, "entries are missing")
+    return card
+
+
+def _open_shard(folder: Path, split: str, card: dict[str, Any], tokenizer: Tokenizer) -> Shard:
+    shard = Shard.open(folder / f"{split}.bin")
+    recorded = card["splits"].get(split, {}).get("sha256")
+    if shard.sha256 == recorded and shard.tokenizer == tokenizer.sha256 and shard.vocab_fits(tokenizer.size):
+        return shard
+    shard.close()
+    raise _corrupt(shard.path, "it belongs to another dataset")
+
+
+def _corrupt(path: Path, why: str) -> SiliconError:
+    fix = f"Make it again: silicon prepare ... --name {path.parent.name} --force"
+    return SiliconError(f"damaged dataset: {why}", where=str(path), fix=fix, kind="bad_data")

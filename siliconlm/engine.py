@@ -1,0 +1,406 @@
+"""One function a command. Parts are put together here and nowhere else: settings go in, events come out.
+
+Only `silicon doctor` stands elsewhere (`hardware.doctor.diagnose`): it must answer where torch cannot be imported.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from siliconlm import config as configs
+from siliconlm.config import Layer, RunConfig, SampleConfig
+from siliconlm.data.batches import Batches
+from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
+from siliconlm.data.tokenizer import Tokenizer
+from siliconlm.errors import SiliconError
+from siliconlm.events import Chosen, Event, Notice, Probed, Resumed, Saved, Started
+from siliconlm.hardware.device import Device, open_device
+from siliconlm.inference.session import check_prompt, generate
+from siliconlm.model.decoder import Decoder
+from siliconlm.model.weights import read_model
+from siliconlm.training.checkpoint import (
+    RunFolder,
+    all_runs,
+    check_new_run,
+    create_run,
+    find_run,
+    free_run_name,
+    read_log,
+)
+from siliconlm.training.loop import evaluate, fit
+from siliconlm.training.schedule import Budget
+from siliconlm.training.state import TrainState
+from siliconlm.tuning import profiles
+from siliconlm.tuning.probe import best_of, probe_batches
+from siliconlm.tuning.profiles import PROFILE_SECONDS
+
+BUILTIN = "builtin"
+DEFAULT_PRESET = "tiny"
+Stop = Callable[[], str | None]
+
+Events = Iterator[Event]
+
+__all__ = ["prepare", "probe_batch", "profile", "resume", "runs", "sample", "train", "validate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a command that needs a training setup was asked for; `flags` and `assignments` lie above the profile."""
+
+    data: str | None = None
+    preset: str | None = None
+    profile: str = "auto"
+    assignments: tuple[str, ...] = ()
+    flags: tuple[Layer, ...] = ()
+
+
+# --- setting up ------------------------------------------------------------------------------------------------------
+
+
+def resolve_request(request: Request, dataset: Dataset | None, measured: Layer | None = None) -> RunConfig:
+    """defaults < preset < profile < --set < flags, with the vocabulary of the data."""
+    layers = [configs.read_profile(request.preset or DEFAULT_PRESET, kind="preset")]
+    if measured:
+        layers.append(measured)
+    elif request.profile not in ("auto", "none"):
+        layers.append(configs.read_profile(request.profile))
+    layers += [configs.parse_assignments(request.assignments), *request.flags]
+    config = configs.resolve(*layers)
+    if dataset is None:
+        return config
+    facts: dict[str, Any] = {"data.name": dataset.name}
+    if not config.model.vocab_size:
+        facts["model.vocab_size"] = padded_vocabulary(dataset.tokenizer)
+    config = config.replace("data", **facts)
+    if config.model.vocab_size < dataset.tokenizer.size:
+        raise SiliconError(
+            f"model.vocab_size {config.model.vocab_size} is less than the tokenizer's {dataset.tokenizer.size}",
+            where=config.sources["model.vocab_size"],
+            fix="Leave model.vocab_size out.",
+        )
+    return config
+
+
+def dataset_name(sources: list[str]) -> str:
+    """The name a dataset gets when none is given: the built-in corpus's, or the first source's."""
+    if not sources:
+        return BUILTIN
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(sources[0]).stem).strip("-.")
+    return stem or "data"
+
+
+def padded_vocabulary(tokenizer: Tokenizer) -> int:
+    """The embedding's rows: the tokenizer's size rounded up to a multiple of 64, which every runtime likes."""
+    return -(-tokenizer.size // 64) * 64
+
+
+def find_data(name: str | None) -> Generator[Event, None, Dataset]:
+    """The dataset by name; without a name the only one, or the built-in corpus, prepared if need be and said so."""
+    if name is None and (there := datasets()):
+        if len(there) > 1 and BUILTIN not in there:
+            raise SiliconError("there are several datasets", fix=f"Type --data and one of: {', '.join(there)}.")
+        name = there[0] if len(there) == 1 else BUILTIN
+        yield Notice(f"training on dataset {name}")
+    elif name is None:
+        name = BUILTIN
+        yield Notice("nothing is prepared yet: preparing the built-in corpus (generated plays, about 1 MB)")
+        yield from prepare([], BUILTIN)
+    return open_dataset(name)
+
+
+def tune(request: Request, dataset: Dataset, dry: bool = False) -> Generator[Event, None, RunConfig]:
+    """The config of a request with this machine's settings in it: from the cache, or measured now."""
+    base = resolve_request(request, dataset)
+    device = open_device(base.machine)
+    device.check_model(base.model)
+    if request.profile != "auto" or base.machine.micro_batch:
+        return (yield from _fill_machine(base, device))
+    found, trouble = profiles.cached(base, device)
+    if trouble:
+        yield Notice(trouble, "warning")
+    if found is None and dry:
+        yield Notice("no profile is cached for this model on this machine; training would measure one first")
+        return (yield from _fill_machine(base, device))
+    if found is None:
+        yield Notice(f"measuring this machine once for this model (at most {PROFILE_SECONDS:.0f} s)")
+        found = yield from profiles.make_profile(base, device)
+        yield Notice(f"profile kept in {profiles.store(found)}")
+    else:
+        yield from found.choices
+    tuned = resolve_request(request, dataset, found.layer())
+    return (yield from _fill_machine(tuned, open_device(tuned.machine), found.choices))
+
+
+def _fill_machine(config: RunConfig, device: Device, told: Sequence[Chosen] = ()) -> Generator[Event, None, RunConfig]:
+    """Put the resolved device, dtype, threads and a micro-batch into the config, so that run.toml says what ran."""
+    values: dict[str, Any] = {"machine.device": device.kind, "machine.dtype": device.dtype_name}
+    values["machine.threads"] = device.threads
+    most, fault = device.largest_micro_batch(config.model)
+    if config.machine.micro_batch is None:
+        fits = [size for size in configs.divisors(config.sequences_per_step) if size <= most]
+        values["machine.micro_batch"] = max(size for size in fits if size == 1 or size * config.model.context <= 4096)
+    elif config.machine.micro_batch > most:
+        raise SiliconError(
+            f"micro-batch {config.machine.micro_batch} is too big for this device: {fault}",
+            where=config.sources.get("machine.micro_batch", ""),
+            fix=f"Use at most {most}.",
+        )
+    settled = {choice.setting for choice in told}
+    yield from (choice for choice in device.choices if choice.setting not in settled)
+    return config.replace("device", **{name: value for name, value in values.items() if _unset(config, name)})
+
+
+def _unset(config: RunConfig, name: str) -> bool:
+    return getattr(config.machine, name.removeprefix("machine.")) in (None, "auto", 0)
+
+
+# --- probe-batch, profile --------------------------------------------------------------------------------------------
+
+
+def probe_batch(request: Request, seconds: float = PROFILE_SECONDS) -> Iterator[Event]:
+    """Micro-batches tried by real training steps; ends with the choice."""
+    config, device = yield from _shape(request)
+    rows: list[Probed] = []
+    for row in probe_batches(config, device, seconds):
+        rows.append(row)
+        yield row
+    best = best_of(rows)
+    if best is None:
+        reason = rows[-1].reason if rows else "nothing was tried"
+        raise SiliconError(
+            f"not even a micro-batch of 1 trains here: {reason}",
+            fix="Choose a smaller --preset, or --set model.context=... .",
+            kind="out_of_memory",
+        )
+    yield Chosen("machine.micro_batch", best.micro_batch, "the smallest within 2 % of the best speed")
+
+
+def profile(request: Request, seconds: float = PROFILE_SECONDS, refresh: bool = False) -> Iterator[Event]:
+    """Measure this machine for a model shape, or show what was measured before."""
+    config, device = yield from _shape(request)
+    found, trouble = (None, "") if refresh else profiles.cached(config, device)
+    if trouble:
+        yield Notice(trouble, "warning")
+    if found:
+        yield Notice(f"measured before: {profiles.profile_path(found.fingerprint)} (--refresh measures again)")
+        yield from found.probes
+        yield from found.choices
+        return
+    yield from (choice for choice in device.choices if choice.setting == "machine.device")
+    made = yield from profiles.make_profile(config, device, seconds)
+    yield Notice(f"profile kept in {profiles.store(made)}")
+
+
+def _shape(request: Request) -> Generator[Event, None, tuple[RunConfig, Device]]:
+    """The config and device of a request whose data may not be prepared: then the byte vocabulary stands in."""
+    known = request.data or (BUILTIN if BUILTIN in datasets() else None)
+    if known:
+        with open_dataset(known) as dataset:
+            config = resolve_request(request, dataset)
+    else:
+        config = resolve_request(request, None)
+        if not config.model.vocab_size:
+            config = config.replace("the byte tokenizer", **{"model.vocab_size": 320})
+            yield Notice("no --data given: measuring with the byte tokenizer's vocabulary")
+    device = open_device(config.machine)
+    device.check_model(config.model)
+    return config, device
+
+
+# --- train, resume ---------------------------------------------------------------------------------------------------
+
+
+def forecast(request: Request) -> Iterator[Event | RunConfig]:
+    """What `train` would do: the settings (a RunConfig) and the run's shape (a Started). Nothing is measured."""
+    with (yield from find_data(request.data)) as dataset:
+        choices: list[Chosen] = []
+        config = yield from _gathering(tune(request, dataset, dry=True), choices)
+        Batches(dataset.train, config.model.context, config.train.seed)
+        yield config
+        yield _started(config, "(dry run)", "", dataset, open_device(config.machine), choices)
+
+
+def train(request: Request, name: str | None = None, stop: Stop = lambda: None) -> Iterator[Event]:
+    """Start a run: data, settings for this machine, model, loop. Every event is also in the run's log."""
+    with (yield from find_data(request.data)) as dataset:
+        choices: list[Chosen] = []
+        base = resolve_request(request, dataset)
+        Batches(dataset.train, base.model.context, base.train.seed)  # refuse a context longer than the data at once
+        name = name or free_run_name(f"{dataset.name}-{Path(request.preset or DEFAULT_PRESET).stem}")
+        check_new_run(name)  # a name in use is refused before anything is measured
+        config = yield from _gathering(tune(request, dataset), choices)
+        run = create_run(name, config, {"dataset": str(dataset.path), "preset": request.preset})
+        with run.lock():
+            yield from _logged(run, _run(run, config, dataset, stop, choices))
+
+
+def _gathering(work: Generator[Event, None, RunConfig], choices: list[Chosen]) -> Generator[Event, None, RunConfig]:
+    """Pass events on and keep the choices among them."""
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as stop:
+            return stop.value
+        if isinstance(event, Chosen):
+            choices.append(event)
+        yield event
+
+
+def resume(name: str | None = None, stop: Stop = lambda: None) -> Iterator[Event]:
+    """Go on with a run exactly where its newest whole checkpoint stands."""
+    run = find_run(name)
+    config, about = run.config()
+    with run.lock():
+        checkpoint, skipped = run.newest()
+        yield from (Notice(line, "warning") for line in skipped)
+        with open_dataset(about["dataset"]) as dataset:
+            yield from _logged(run, _run(run, config, dataset, stop, [], checkpoint.step))
+
+
+def _run(
+    run: RunFolder, config: RunConfig, dataset: Dataset, stop: Stop, choices: list[Chosen], step: int | None = None
+) -> Iterator[Event]:
+    dataset.verify()
+    device = open_device(config.machine)
+    state = TrainState.new(config, device)
+    yield _started(config, run.name, str(run.path), dataset, device, choices)
+    if step is not None:
+        checkpoint = run.at_step(step)
+        state.restore(checkpoint, dataset.fingerprint)
+        yield Resumed(state.step, str(checkpoint.path))
+        if Budget.of(config.train).done(state.step, state.seconds) >= 1:
+            yield Notice(f"run {run.name} has used its budget of {Budget.of(config.train).describe()}")
+    batches = Batches(dataset.train, config.model.context, config.train.seed)
+
+    def save() -> Saved:
+        return state.save(run, dataset.tokenizer, dataset.fingerprint)
+
+    yield from fit(state, batches, dataset, (run.name, str(run.path)), save, stop)
+
+
+def _logged(run: RunFolder, events: Iterator[Event]) -> Iterator[Event]:
+    for event in events:
+        run.log(event)
+        yield event
+
+
+def _started(
+    config: RunConfig, name: str, path: str, dataset: Dataset, device: Device, choices: list[Chosen]
+) -> Started:
+    import torch
+
+    with torch.device("meta"):
+        parameters = Decoder(config.model).count_parameters()
+    micro = config.machine.micro_batch or 1
+    return Started(
+        run=name,
+        path=path,
+        dataset=dataset.name,
+        device=f"{device.kind} {device.dtype_name}",
+        parameters=parameters,
+        micro_batch=micro,
+        accumulation=config.sequences_per_step // micro,
+        tokens_per_step=config.train.tokens_per_step,
+        context=config.model.context,
+        budget=Budget.of(config.train).describe(),
+        choices=choices,
+    )
+
+
+# --- using a model ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model ready to use, and the run it came from (None for a folder that is no run of ours)."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    run: RunFolder | None
+    step: int
+
+
+def open_model(name: str | None, step: int | str | None = None) -> Generator[Event, None, Opened]:
+    """The one door: a run by name or path (its newest whole checkpoint, or a step), or a Hugging Face folder."""
+    folder = Path(name).expanduser() if name else None
+    if folder and (folder / "config.json").is_file():
+        return Opened(*read_model(folder), None, 0)
+    run = find_run(name)
+    if step is None:
+        checkpoint, skipped = run.newest(verify=False)
+        yield from (Notice(line, "warning") for line in skipped)
+    else:
+        checkpoint = run.at_step(step)
+    return Opened(*read_model(checkpoint.path, checkpoint.sha256("model.safetensors")), run, checkpoint.step)
+
+
+def sample(
+    prompt: str, name: str | None, settings: SampleConfig, device: str | None = None, step: int | str | None = None
+) -> Iterator[Event]:
+    """Continue a prompt with a trained model; streams pieces of text."""
+    opened = yield from open_model(name, step)
+    check_prompt(opened.tokenizer, prompt)
+    place = open_device(configs.resolve(Layer("--device", {"machine.device": device})).machine)
+    place.check_model(opened.model.config)
+    opened.model.to(place.torch_device)
+    seed = settings.seed if settings.seed is not None else secrets.randbits(32)
+    for index in range(settings.num_samples):
+        yield from generate(opened.model, opened.tokenizer, place, prompt, settings, seed, index)
+
+
+def validate(
+    name: str | None, data: str | None = None, device: str | None = None, step: int | str | None = None
+) -> Iterator[Event]:
+    """Loss of a model on the whole validation split of its dataset (or of another with the same tokenizer)."""
+    opened = yield from open_model(name, step)
+    machine = Layer("--device", {"machine.device": device})
+    batch = 16
+    if opened.run:
+        config, about = opened.run.config()
+        data, batch = data or about["dataset"], config.machine.micro_batch or batch
+    if not data:
+        raise SiliconError("a model folder has no dataset of its own", fix="Type --data NAME.", kind="missing_input")
+    place = open_device(configs.resolve(machine).machine)
+    with open_dataset(data) as dataset:
+        dataset.val.verify()
+        if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
+            raise SiliconError(
+                f"dataset {dataset.name} was made with another tokenizer than the model's",
+                fix=f"Prepare it with --tokenizer {opened.run.path if opened.run else name}/.../tokenizer.json.",
+            )
+        yield (yield from evaluate(opened.model.to(place.torch_device), dataset, place, batch, opened.step))
+
+
+def runs() -> list[dict[str, Any]]:
+    """A row for every run: what it is, how far it came, its last validation loss."""
+    return [_summary(run) for run in all_runs()]
+
+
+def _summary(run: RunFolder) -> dict[str, Any]:
+    try:
+        config, about = run.config()
+    except SiliconError as error:
+        return {"run": run.name, "path": str(run.path), "state": f"damaged: {error}"}
+    log = read_log(run)
+    last = {event["event"]: event for event in log}
+    finished, evaluated = last.get("finished"), last.get("evaluated")
+    started = last.get("started", {})
+    reason = finished["reason"] if finished and log[-1]["event"] == "finished" else "interrupted"
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "dataset": config.data.name,
+        "preset": about.get("preset") or DEFAULT_PRESET,
+        "parameters": started.get("parameters"),
+        "step": max((event.get("step", 0) for event in log), default=0),
+        "budget": Budget.of(config.train).describe(),
+        "val_loss": evaluated["val_loss"] if evaluated else None,
+        "val_bpb": evaluated["val_bpb"] if evaluated else None,
+        "state": "done" if reason == "done" else f"stopped ({reason})",
+        "written": log[-1]["at"] if log else None,
+    }

@@ -1,0 +1,164 @@
+"""The records that long work yields. They go up: log.jsonl, the terminal and `--json` are readers of the same ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A plain record. `as_json` names it by its class in lower case: {"event": "saved", ...}."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {"event": type(self).__name__.lower(), **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Notice(Event):
+    """Something the user should know. A `warning` says that a wish was not, or may not be, met."""
+
+    message: str
+    level: Literal["note", "warning"] = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Working(Event):
+    """How far a job without a loss curve has come (prepare, eval, download). `total` 0 means not known."""
+
+    what: str
+    done: int
+    total: int
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Event):
+    """A dataset is on disk. `card` is its dataset.json."""
+
+    name: str
+    path: str
+    card: dict[str, Any]
+    reused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Probed(Event):
+    """One micro-batch tried by a real training step in a child process. Memory in bytes, speed in tokens/s."""
+
+    micro_batch: int
+    context: int
+    dtype: str
+    memory: int
+    tokens_per_s: float
+    verdict: Literal["fits", "too big", "slower", "failed", "stopped"]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen(Event):
+    """A setting decided by the tool, with its reason."""
+
+    setting: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started(Event):
+    """Training begins or goes on."""
+
+    run: str
+    path: str
+    dataset: str
+    device: str
+    parameters: int
+    micro_batch: int
+    accumulation: int
+    tokens_per_step: int
+    context: int
+    budget: str
+    choices: list[Chosen] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed(Event):
+    """Training goes on from a checkpoint; log lines of later steps that stand above this one no longer count."""
+
+    step: int
+    checkpoint: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Event):
+    """One optimiser step: loss in nats per token before the update. On a CPU these lines repeat bit for bit."""
+
+    step: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Event):
+    """What was measured since the last one. Memory in bytes, times in seconds, `done` from 0 to 1."""
+
+    step: int
+    tokens: int
+    loss: float
+    tokens_per_s: float
+    memory: int
+    done: float
+    seconds: float
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated(Event):
+    """Validation: nats per token and bits per byte. `complete` says whether the whole split was used."""
+
+    step: int
+    val_loss: float
+    val_bpb: float
+    tokens: int
+    complete: bool
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved(Event):
+    """A checkpoint is durable on disk."""
+
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Event):
+    """Training ended. `reason`: done, or the name of the signal that stopped it."""
+
+    run: str
+    path: str
+    step: int
+    tokens: int
+    seconds: float
+    reason: str
+    val_loss: float | None
+    val_bpb: float | None
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled(Event):
+    """A piece of text as it is made; `done` on the last piece of a sample, with the counts."""
+
+    text: str
+    sample: int
+    done: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
+    stopped_by: str = ""

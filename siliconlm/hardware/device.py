@@ -1,0 +1,274 @@
+"""The only file that says "mps", "cuda" or "cpu": precision, memory, out-of-memory, random numbers, synchronising.
+
+Every choice carries its reason. Facts about Apple GPUs cite the PyTorch issue they rest on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from siliconlm.config import MachineConfig, ModelConfig
+from siliconlm.errors import SiliconError
+from siliconlm.events import Chosen
+from siliconlm.hardware.doctor import MATMUL_CAP, TorchFacts, matmul_is_capped
+from siliconlm.hardware.facts import chip, usable_cores
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGEST_TENSOR = 1 << 32  # bytes; a bigger one can abort the whole process on an Apple GPU (pytorch#149325)
+OUT_OF_MEMORY_WORDS = ("out of memory", "invalid buffer size", "can't allocate memory", "failed to allocate")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where tensors live and how numbers are computed there. Made by `open_device`."""
+
+    kind: str
+    dtype: torch.dtype
+    threads: int
+    choices: list[Chosen] = field(default_factory=list)
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.kind)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matmuls in the chosen precision; weights, residual stream, softmax and loss stay float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.kind, dtype=self.dtype)
+
+    def scaler(self) -> GradScaler | None:
+        """Loss scaling, which only float16 needs."""
+        return GradScaler(self.kind) if self.dtype == torch.float16 else None
+
+    def synchronise(self) -> None:
+        """Wait for the device; a time taken without this is the time of queueing, not of computing."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+        elif self.kind == "mps":
+            torch.mps.synchronize()
+
+    def seed(self, number: int) -> None:
+        """Seed the CPU's generator and the device's own. Dropout of a micro-step is then a function of the number."""
+        torch.manual_seed(number % (1 << 63))
+
+    def forget_peak(self) -> None:
+        if self.kind != "cpu":
+            torch.accelerator.reset_peak_memory_stats()
+
+    def peak_memory(self) -> int:
+        """Bytes at the peak: what the driver held on a GPU, resident memory of this process on a CPU.
+
+        On Apple GPUs the driver's figure is far above the tensors' (1 GiB heaps), and it is what the machine runs
+        out of, so the larger of both counts.
+        """
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_reserved()
+        if self.kind == "mps":
+            return max(torch.accelerator.max_memory_reserved(), torch.mps.driver_allocated_memory())
+        return peak_resident()
+
+    def memory_budget(self) -> int:
+        """Bytes a run may use: 0.9 of what the device recommends or has free, 0.8 of the memory free on a CPU."""
+        if self.kind == "cuda":
+            return int(0.9 * torch.cuda.mem_get_info()[0])
+        if self.kind == "mps":
+            return int(0.9 * torch.mps.recommended_max_memory())
+        return int(0.8 * (psutil.virtual_memory().available + psutil.Process().memory_info().rss))
+
+    def cap_memory(self, fraction: float) -> None:
+        """Make allocations beyond `fraction` of the recommended memory fail instead of swapping.
+
+        Metal's default is 1.7 times the recommendation, more than a small Mac has.
+        """
+        if self.kind == "cuda":
+            torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0))
+        elif self.kind == "mps" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
+            torch.mps.set_per_process_memory_fraction(float(fraction))
+
+    def checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a block so that the backward pass recomputes it, with the same dropout both times.
+
+        torch.utils.checkpoint does not keep the generator of an Apple GPU (pytorch#127676, #194478): we do.
+        """
+        keep = _keep_mps_generator if self.kind == "mps" else noop_context_fn
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=keep)
+
+    def orthogonalising_dtype(self) -> torch.dtype:
+        """Muon's Newton-Schulz iteration needs few digits; only CUDA computes them faster than float32."""
+        return torch.bfloat16 if self.kind == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+    def largest_micro_batch(self, model: ModelConfig) -> tuple[int, str]:
+        """The most sequences the device's known faults allow, with the fault; (a very large number, "") if none."""
+        if self.kind != "mps":
+            return sys.maxsize, ""
+        logits = LARGEST_TENSOR // (model.context * model.vocab_size * 4 + 1)
+        scores = LARGEST_TENSOR // (model.n_head * model.context**2 * 4 + 1)
+        limits = [
+            (max(1, min(logits, scores)), "a tensor of 4 GiB can abort the process on Apple GPUs (pytorch#149325)")
+        ]
+        if wrong_long_matmuls():
+            limits.append((max(1, MATMUL_CAP // model.context), _long_matmul_reason()))
+        return min(limits)
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Refuse a shape whose numbers would be silently wrong on this device."""
+        if self.kind == "mps" and wrong_long_matmuls() and model.vocab_size > MATMUL_CAP:
+            raise SiliconError(
+                f"a vocabulary of {model.vocab_size:,} gives wrong gradients here: {_long_matmul_reason()}",
+                fix="Prepare with --vocab-size 32000, use torch 2.14 or newer, or --device cpu.",
+            )
+
+
+def open_device(machine: MachineConfig) -> Device:
+    """The device that was asked for, or the best one there is: cuda, then mps, then cpu. Never a silent fallback."""
+    present = available()
+    if machine.device != "auto" and machine.device not in present:
+        raise SiliconError(
+            f"device {machine.device} is not available: {_why_absent(machine.device)}",
+            fix=f"Use --device {present[0]}, or run silicon doctor.",
+            kind="no_device",
+        )
+    kind = present[0] if machine.device == "auto" else machine.device
+    why = (
+        "asked for"
+        if machine.device != "auto"
+        else f"the first available of cuda, mps, cpu (here: {', '.join(present)})"
+    )
+    dtype, reason = _choose_dtype(kind, machine.dtype)
+    threads = machine.threads or min(psutil.cpu_count(logical=False) or 1, usable_cores())
+    torch.set_num_threads(threads)
+    choices = [Chosen("machine.device", kind, why), Chosen("machine.dtype", dtype, reason)]
+    device = Device(kind, DTYPES[dtype], threads, choices)
+    if kind == "mps":
+        device.cap_memory(1.0)
+    return device
+
+
+def available() -> list[str]:
+    """Device kinds that work here, best first."""
+    cuda = ["cuda"] if torch.cuda.is_available() else []
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return [*cuda, *mps, "cpu"]
+
+
+def _why_absent(kind: str) -> str:
+    if kind == "cuda":
+        return "torch sees no NVIDIA GPU" if torch.version.cuda else "this torch was built without CUDA"
+    if not torch.backends.mps.is_built():
+        return "this torch was built without MPS (it needs the macOS arm64 build)"
+    return "torch was built with MPS but finds no Metal device"
+
+
+def _choose_dtype(kind: str, wanted: str) -> tuple[str, str]:
+    if wanted == "float16" and kind == "cpu":
+        raise SiliconError("float16 needs a GPU", where="machine.dtype", fix="Use bfloat16 or float32.")
+    if wanted != "auto":
+        return wanted, "asked for"
+    if kind == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return "bfloat16", "this GPU has bfloat16 matrix units"
+        return "float16", "this GPU has float16 but no bfloat16 matrix units; the loss is scaled"
+    if kind == "mps":
+        return (
+            "float32",
+            "on Apple GPUs before M5 bfloat16 saves memory, not time (nanochat#685); silicon profile measures",
+        )
+    return "float32", "the default on a CPU; silicon profile measures bfloat16 against it"
+
+
+def torch_facts() -> TorchFacts:
+    """What torch says of the devices, as plain values for the doctor."""
+    mps = torch.backends.mps.is_available()
+    return TorchFacts(
+        version=torch.__version__,
+        mps_built=torch.backends.mps.is_built(),
+        mps_available=mps,
+        cuda_devices=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
+        recommended_memory=torch.mps.recommended_max_memory() if mps else None,
+    )
+
+
+def processor_name(kind: str) -> str:
+    """The name of the chip that computes, for reports and the profile's key."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name(0)
+    if kind == "mps" and hasattr(torch.backends.mps, "get_name"):
+        return str(torch.backends.mps.get_name())
+    return chip(sys.platform == "darwin")
+
+
+def wrong_long_matmuls() -> bool:
+    """Whether this GPU and torch get long matmuls wrong (M1 and M2 before torch 2.14)."""
+    return matmul_is_capped(processor_name("mps"), torch.__version__)
+
+
+def _long_matmul_reason() -> str:
+    return "matmuls over 32,767 or more are silently wrong on M1/M2 before torch 2.14 (pytorch#177116)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out. Apple GPUs and CPUs raise a plain RuntimeError (accelerate#4226)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
+
+
+def peak_resident() -> int:
+    """Bytes of this process's largest resident set so far."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def bfloat16_speed(kind: str, size: int = 512) -> float:
+    """How many times faster a bfloat16 matmul is than a float32 one on this device (below 1: slower). Takes < 1 s."""
+    wait = Device(kind, torch.float32, 0).synchronise
+    took = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.ones(size, size, device=kind, dtype=dtype)
+        for _ in range(3):  # the last one counts; the first warm up
+            wait()
+            start = time.perf_counter()
+            left @ left
+            wait()
+            took[dtype] = time.perf_counter() - start
+    return took[torch.float32] / took[torch.bfloat16]
+
+
+def _keep_mps_generator() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    state: list[torch.Tensor] = []
+
+    @contextmanager
+    def forward() -> Iterator[None]:
+        state.append(torch.mps.get_rng_state())
+        yield
+
+    @contextmanager
+    def recompute() -> Iterator[None]:
+        now = torch.mps.get_rng_state()
+        torch.mps.set_rng_state(state[0])
+        try:
+            yield
+        finally:
+            torch.mps.set_rng_state(now)
+
+    return forward(), recompute()

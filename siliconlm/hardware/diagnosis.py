@@ -1,0 +1,41 @@
+"""`silicon doctor` whole: facts, checks, and the device a run would take. Works where torch cannot be imported."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from siliconlm.config import Layer, resolve
+from siliconlm.events import Chosen
+from siliconlm.hardware.doctor import Check, TorchFacts, examine
+from siliconlm.hardware.facts import Facts, gather
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """`choices` are the device and dtype a run would take, with the reasons; none where torch is missing."""
+
+    facts: Facts
+    torch: TorchFacts
+    checks: list[Check]
+    choices: list[Chosen]
+
+    @property
+    def healthy(self) -> bool:
+        return all(check.status != "fail" for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "healthy": self.healthy}
+
+
+def diagnose(wanted: str | None = None) -> Diagnosis:
+    """Look at the machine. `wanted` is a device by name; SiliconError when it is not there."""
+    facts = gather()
+    try:
+        from siliconlm.hardware.device import open_device, torch_facts
+    except (ImportError, OSError) as error:  # torch missing, or its libraries are for another processor
+        torch = TorchFacts(None, False, False, (), None, str(error))
+        return Diagnosis(facts, torch, examine(facts, torch), [])
+    torch = torch_facts()
+    machine = resolve(Layer("--device", {"machine.device": wanted})).machine
+    return Diagnosis(facts, torch, examine(facts, torch), open_device(machine).choices)

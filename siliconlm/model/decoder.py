@@ -1,0 +1,252 @@
+"""One decoder by features: Qwen3 (default), Llama and GPT-2 shapes.
+
+Read top down: cache, decoder, block, attention, MLP, norms, rotary positions.
+
+Letters at the end of a name give a tensor's shape: B sequences, T new tokens, S tokens attended to, C width
+(`n_embd`), H query heads, K key/value heads, D head width, V vocabulary.
+
+Parameters are named as the Hugging Face files name them (Qwen3/Llama), so reading and writing weights is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siliconlm.config import ModelConfig
+
+Checkpoint = Callable[..., Any]
+
+
+class Cache:
+    """Keys and values of tokens already seen, allocated once: per layer two tensors [B, K, context, D].
+
+    `length` is the number of tokens held. The decoder advances it after all layers have written.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype, size: int = 0
+    ) -> None:
+        shape = (batch, config.n_kv_head, size or config.context, config.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = 0
+
+    def extend(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one layer's new keys and values; returns all of them, [B, K, S, D]."""
+        end = self.length + k_BKTD.size(2)
+        self.keys[layer][:, :, self.length : end] = k_BKTD
+        self.values[layer][:, :, self.length : end] = v_BKTD
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Decoder(nn.Module):
+    """Token ids [B, T] -> logits [B, T, V]. With a cache, the ids are those that follow the cached ones."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.lm_head(self.model(ids_BT, cache))
+
+    def losses(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy of each target in nats, float32 [B, T]; 0 where the target is -100."""
+        logits_NV = self.forward(ids_BT).flatten(0, 1).float()
+        return F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=-100, reduction="none").view_as(targets_BT)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Normal weights drawn on the CPU, so that a seed gives the same model on every device.
+
+        Matrices: standard deviation 1/sqrt(fan-in); those that write to the residual stream start at zero, so each
+        block begins as the identity (muP-like; "Fixup", Zhang et al. 2019). Embedding: 0.02 where it is also the head.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                values = torch.zeros(weight.shape)
+            elif weight.dim() < 2:
+                values = torch.ones(weight.shape)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                values = torch.zeros(weight.shape)
+            else:
+                small = "embed" in name or name == "lm_head.weight"
+                values = torch.randn(weight.shape, generator=generator) * (0.02 if small else weight.size(1) ** -0.5)
+            weight.copy_(values)
+
+    def count_parameters(self) -> int:
+        """Trained numbers, shared weights counted once."""
+        return sum(weight.numel() for weight in self.parameters())
+
+
+class Trunk(nn.Module):
+    """Everything below the output head: [B, T] -> [B, T, C]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_positions = nn.Embedding(config.context, config.n_embd) if config.position == "learned" else None
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd)
+        self.rotary = Rotary(config) if config.position == "rope" else None
+        self.checkpoint: Checkpoint | None = None  # set by training: recomputes each block in the backward pass
+
+    def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        start = cache.length if cache else 0
+        x_BTC = self.embed_tokens(ids_BT)
+        if self.embed_positions is not None:
+            x_BTC = x_BTC + self.embed_positions.weight[start : start + ids_BT.size(1)]
+        x_BTC = F.dropout(x_BTC, self.config.dropout, self.training)
+        angles = self.rotary(start, ids_BT.size(1)) if self.rotary is not None else None
+        for block in self.layers:
+            if self.checkpoint is not None and self.training:
+                x_BTC = self.checkpoint(block, x_BTC, angles, None)
+            else:
+                x_BTC = block(x_BTC, angles, cache)
+        if cache:
+            cache.length += ids_BT.size(1)
+        return self.norm(x_BTC)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(config, config.n_embd)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = make_norm(config, config.n_embd)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)
+
+    def forward(self, x_BTC: Tensor, angles: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), angles, cache)
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries (Ainslie et al. 2023), optional QK-norm and rotary positions."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, queries, bias=config.bias)
+        self.k_proj = nn.Linear(config.n_embd, keys, bias=config.bias)
+        self.v_proj = nn.Linear(config.n_embd, keys, bias=config.bias)
+        self.o_proj = nn.Linear(queries, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x_BTC: Tensor, angles: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+        batch, new, _ = x_BTC.shape
+        q_BTHD = self.q_proj(x_BTC).view(batch, new, -1, self.config.head_dim)
+        k_BTKD = self.k_proj(x_BTC).view(batch, new, -1, self.config.head_dim)
+        v_BTKD = self.v_proj(x_BTC).view(batch, new, -1, self.config.head_dim)
+        if self.config.qk_norm:
+            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
+        if angles is not None:
+            q_BTHD, k_BTKD = rotate(q_BTHD, angles), rotate(k_BTKD, angles)
+        y_BHTD = self.attend(q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2), cache)
+        y_BTC = self.o_proj(y_BHTD.transpose(1, 2).reshape(batch, new, -1))
+        return F.dropout(y_BTC, self.config.dropout, self.training)
+
+    def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, cache: Cache | None) -> Tensor:
+        new, past = q_BHTD.size(2), cache.length if cache else 0
+        if cache:
+            k_BKTD, v_BKTD = cache.extend(self.index, k_BKTD, v_BKTD)
+        return F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BKTD,
+            v_BKTD,
+            attn_mask=causal_mask(new, past, q_BHTD.device) if past and new > 1 else None,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            is_causal=not past and new > 1,
+            enable_gqa=self.config.n_kv_head != self.config.n_head,
+        )
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.gate_proj = nn.Linear(config.n_embd, config.n_ff, bias=config.bias)
+        self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=config.bias)
+        self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return F.dropout(
+            self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC)), self.dropout, self.training
+        )
+
+
+class GeluMLP(nn.Module):
+    """GPT-2's MLP: down(gelu(up(x))) with the tanh approximation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=config.bias)
+        self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return F.dropout(self.down_proj(F.gelu(self.up_proj(x_BTC), approximate="tanh")), self.dropout, self.training)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in float32 inside (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not torch.ops.aten._fused_rms_norm: it has no backward on Apple GPUs. F.rms_norm picks what is safe there.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(width, config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps)
+
+
+class Rotary(nn.Module):
+    """Rotary positions, rotate-half form over the whole head (Su et al. 2021; Llama and Qwen layout)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        angles_TD = torch.outer(torch.arange(config.context), frequencies).repeat(1, 2)
+        self.register_buffer("cos", angles_TD.cos(), persistent=False)
+        self.register_buffer("sin", angles_TD.sin(), persistent=False)
+
+    def forward(self, start: int, new: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions start..start+new-1, each [T, 1, D]."""
+        return self.cos[start : start + new, None], self.sin[start : start + new, None]  # type: ignore[index]
+
+
+def rotate(x_BTHD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = angles
+    left, right = x_BTHD.chunk(2, dim=-1)
+    turned = torch.cat((-right, left), dim=-1)
+    return (x_BTHD * cos + turned * sin).to(x_BTHD.dtype)
+
+
+def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
+    """True where attention is allowed: query i (after `past` cached tokens) sees keys 0..past+i. [T, S]"""
+    return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(diagonal=past)

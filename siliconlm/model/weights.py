@@ -1,0 +1,161 @@
+"""Model folders on disk: safetensors written tensor by tensor and read only after checks; Hugging Face folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from siliconlm.config import ModelConfig
+from siliconlm.data.tokenizer import Tokenizer, open_tokenizer
+from siliconlm.errors import SiliconError
+from siliconlm.files import PIECE, sync
+from siliconlm.model import families
+from siliconlm.model.decoder import Decoder
+
+NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+TYPES = {name: dtype for dtype, name in NAMES.items()}
+LARGEST_HEADER = 16 << 20
+
+
+def write_bytes(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
+    """A new file, synced to disk; returns its size and SHA-256 for the manifest."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb") as file:
+        for piece in pieces:
+            for start in range(0, len(piece), PIECE):
+                part = piece[start : start + PIECE]
+                file.write(part)
+                digest.update(part)
+                size += len(part)
+        file.flush()
+        sync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A safetensors file, written one tensor at a time so that saving needs little memory beyond the model's own."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return write_bytes(path, struct.pack("<Q", len(text)), text, *(_raw(tensor) for tensor in tensors.values()))
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+
+
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. The bytes that are checked are the bytes that are used.
+
+    Raises SiliconError (bad_data) for a wrong hash, a header that does not fit the file, or an unknown dtype.
+    """
+
+    def bad(why: str) -> SiliconError:
+        return SiliconError(f"damaged file: {why}", where=str(path), kind="bad_data")
+
+    data = bytearray(path.read_bytes())
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise bad("its SHA-256 is not the one recorded")
+    size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
+    if not 2 <= size <= min(LARGEST_HEADER, len(data) - 8):
+        raise bad("the header does not fit the file")
+    try:
+        header = json.loads(data[8 : 8 + size])
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        body, tensors, expected = memoryview(data)[8 + size :], {}, 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            dtype, shape = TYPES[entry["dtype"]], torch.Size(entry["shape"])
+            if not re.fullmatch(r"[A-Za-z0-9_./]{1,200}", name) or start != expected or end > len(body):
+                raise bad(f"tensor {name[:60]!r} is out of place")
+            if end - start != shape.numel() * dtype.itemsize or min(shape, default=0) < 0:
+                raise bad(f"tensor {name} has the wrong size")
+            tensors[name] = _tensor(body[start:end], dtype, shape)
+            expected = end
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise bad(f"the header cannot be read ({error})") from None
+    if expected != len(body):
+        raise bad("bytes are left over behind the last tensor")
+    return {name: tensors[name] for name in entries}
+
+
+def _tensor(raw: memoryview, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape) if len(raw) else torch.empty(shape, dtype=dtype)
+
+
+def model_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The JSON files that make a folder of weights loadable by transformers, mlx-lm and others, by name."""
+    eos = tokenizer.inner.id_to_token(tokenizer.eos)
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.context,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": eos,
+        "pad_token": eos,
+    }
+    files = {
+        "config.json": families.to_hf_config(model, tokenizer.eos),
+        "tokenizer_config.json": tokenizer_config,
+        "generation_config.json": {"eos_token_id": [tokenizer.eos], "pad_token_id": tokenizer.eos},
+    }
+    texts = {name: json.dumps(content, indent=2).encode() + b"\n" for name, content in files.items()}
+    return {**texts, "tokenizer.json": tokenizer.json().encode()}
+
+
+def read_model(folder: Path, sha256: str | None = None) -> tuple[Decoder, Tokenizer]:
+    """Open a Hugging Face model folder: config.json, tokenizer.json, model.safetensors. Weights in float32, on the CPU.
+
+    Raises SiliconError naming the file for anything missing, unknown or at odds.
+    """
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise SiliconError("not a model folder: it has no config.json", where=str(folder), kind="missing_input")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SiliconError(f"not valid JSON: {error}", where=str(config_path), kind="bad_data") from None
+    shape = families.from_hf_config(config, str(config_path))
+    if not (folder / "model.safetensors").is_file():
+        raise SiliconError("it has no model.safetensors", where=str(folder), kind="missing_input")
+    model = Decoder(shape)
+    load_weights(model, read_tensors(folder / "model.safetensors", sha256), str(folder / "model.safetensors"))
+    return model.eval(), open_tokenizer(folder / "tokenizer.json")
+
+
+def load_weights(model: Decoder, tensors: dict[str, Tensor], where: str) -> None:
+    """Put a family's tensors into the decoder. Names and shapes must agree exactly; values must be finite."""
+    weights = families.from_hf_tensors(model.config, tensors)
+    ours = dict(model.state_dict())
+    missing, unknown = sorted(ours.keys() - weights.keys()), sorted(weights.keys() - ours.keys())
+    wrong = [name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
+    for what, names in (("missing", missing), ("unknown", unknown), ("of another shape than config.json says", wrong)):
+        if names:
+            raise SiliconError(f"{names[0]} is {what} ({len(names)} in all)", where=where, kind="bad_data")
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
+        raise SiliconError("it holds numbers that are not finite", where=where, kind="bad_data")
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})

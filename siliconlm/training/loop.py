@@ -1,0 +1,329 @@
+"""The one training loop, its step, and evaluation. Pretraining, resuming and probing differ only in arguments."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siliconlm.config import RunConfig
+from siliconlm.data.batches import IGNORED, Batches, evaluation_windows
+from siliconlm.data.prepare import Dataset
+from siliconlm.data.shards import Tokens
+from siliconlm.errors import SiliconError
+from siliconlm.events import Evaluated, Event, Finished, Progress, Saved, Step, Working
+from siliconlm.hardware.device import Device
+from siliconlm.model.decoder import Decoder
+from siliconlm.training import optim
+from siliconlm.training.schedule import Budget, lr_scale
+from siliconlm.training.state import TrainState
+
+FLUSH_SECONDS = 0.5  # how often the device is waited for and the losses are read
+EVALUATIONS = 20  # in a run, unless train.eval_every says otherwise
+SAVE_SECONDS = 300.0
+FINAL_EVALUATION_SHARE = 0.1  # of a time budget, at most
+
+
+def train_step(state: TrainState, sequences: Tokens, lr: float) -> tuple[Tensor, Tensor]:
+    """One optimiser step on int64 sequences [N, T + 1]: loss (nats per token, before the step) and gradient norm.
+
+    Both stay on the device. `lr` is a share of each group's peak learning rate.
+    """
+    loss = accumulate(state, sequences)
+    norm = update(state, lr)
+    state.step += 1
+    state.tokens += _targets(sequences)
+    return loss, norm
+
+
+def accumulate(state: TrainState, sequences: Tokens) -> Tensor:
+    """Gradients of the mean loss over all tokens of a step, one micro-batch after the other; returns that loss.
+
+    The sum over tokens is divided by their number in the whole step, so splitting it into other micro-batches changes
+    only rounding. Dropout depends on (seed, step, micro-step) alone.
+    """
+    config, device = state.config, state.device
+    micro = config.machine.micro_batch or len(sequences)
+    total = _targets(sequences)
+    loss = torch.zeros((), device=device.torch_device)
+    for index, start in enumerate(range(0, len(sequences), micro)):
+        device.seed(_mixed(config.train.seed, state.step, index))
+        ids, targets = to_device(sequences[start : start + micro], device)
+        with device.autocast():
+            part = state.model.losses(ids, targets).sum() / total
+        (state.scaler.scale(part) if state.scaler else part).backward()
+        loss += part.detach()
+    return loss
+
+
+def _targets(sequences: Tokens) -> int:
+    return int((sequences[:, 1:] != IGNORED).sum())
+
+
+def to_device(sequences: Tokens, device: Device) -> tuple[Tensor, Tensor]:
+    """Inputs and shifted targets [B, T] on the device."""
+    tokens = torch.from_numpy(sequences).to(device.torch_device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def update(state: TrainState, lr: float) -> Tensor:
+    """Clip, step the optimisers at `lr` times their peak rates, clear the gradients; returns the gradient norm."""
+    train = state.config.train
+    optim.set_lr(state.optimisers, lr)
+    for optimiser in state.optimisers if state.scaler else []:
+        state.scaler.unscale_(optimiser)  # type: ignore[union-attr]
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.grad_clip or math.inf)
+    for optimiser in state.optimisers:
+        if state.scaler:
+            state.scaler.step(optimiser)
+        else:
+            optimiser.step()
+    if state.scaler:
+        state.scaler.update()
+    state.model.zero_grad(set_to_none=True)
+    if state.ema:
+        state.average()
+    return norm
+
+
+def _mixed(*numbers: int) -> int:
+    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def evaluate(
+    model: Decoder, dataset: Dataset, device: Device, batch: int, step: int, limit: int | None = None
+) -> Generator[Event, None, Evaluated]:
+    """Validation in non-overlapping windows of the training context, each token but the first scored once.
+
+    `val_loss` is nats per token; `val_bpb` bits per byte of text, end-of-text tokens left out. With a `limit` only
+    that many windows are used, spread evenly. Draws no random numbers.
+    """
+    start = time.perf_counter()
+    context = model.config.context
+    windows = -(-(dataset.val.count - 1) // context)
+    wanted = min(limit or windows, windows)
+    specials = np.array(sorted(dataset.tokenizer.special_ids))
+    nats = text_nats = 0.0
+    tokens = text_tokens = done = 0
+    was_training = model.training
+    model.eval()
+    for inputs, targets in evaluation_windows(dataset.val, context, batch, wanted):
+        with torch.no_grad(), device.autocast():
+            losses = model.losses(*(torch.from_numpy(array).to(device.torch_device) for array in (inputs, targets)))
+        scored = losses.cpu().numpy().astype(np.float64)
+        is_text = (targets != IGNORED) & ~np.isin(targets, specials)
+        nats, tokens = nats + scored.sum(), tokens + int((targets != IGNORED).sum())
+        text_nats, text_tokens = text_nats + scored[is_text].sum(), text_tokens + int(is_text.sum())
+        done = min(wanted, done + len(inputs))
+        yield Working("evaluate", done * context, wanted * context, "tokens")
+    model.train(was_training)
+    split = dataset.card["splits"]["val"]
+    text_bytes = (
+        dataset.val_bytes * text_tokens / (split["tokens"] - split["documents"])
+    )  # each begins with an end token
+    bpb = text_nats / math.log(2) / max(1.0, text_bytes)
+    return Evaluated(step, nats / tokens, bpb, tokens, wanted == windows, round(time.perf_counter() - start, 3))
+
+
+@dataclass(slots=True)
+class Clock:
+    """Wall time used by the run, over all its sessions, and what the final evaluation and save will take."""
+
+    budget: Budget
+    before: float
+    eval_rate: float = 0.0  # validation tokens per second
+    save_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    flushed: float = field(default_factory=time.perf_counter)
+    saved: float = field(default_factory=time.perf_counter)
+    tokens_flushed: int = 0
+    train_seconds: float = 0.0  # of this session, without evaluations and saves
+    train_tokens: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    @property
+    def rate(self) -> float:
+        """Training tokens per second of this session."""
+        return self.train_tokens / self.train_seconds if self.train_seconds else 0.0
+
+
+@dataclass(slots=True)
+class Loop:
+    """Training in progress: what `fit` needs beside the state."""
+
+    state: TrainState
+    batches: Batches
+    dataset: Dataset
+    save: Callable[[], Saved]
+    clock: Clock
+    pending: list[tuple[int, int, float, Tensor, Tensor]] = field(default_factory=list)
+    step_seconds: float = 0.0
+
+    @property
+    def config(self) -> RunConfig:
+        return self.state.config
+
+    @property
+    def windows(self) -> int:
+        return -(-(self.dataset.val.count - 1) // self.config.model.context)
+
+    def reserve(self) -> float:
+        """Seconds to keep for the end of a time budget: estimated from the training speed until they are measured."""
+        if self.clock.budget.seconds is None:
+            return 0.0
+        eval_rate = self.clock.eval_rate or 2.0 * self.clock.rate
+        evaluation = self.dataset.val.count / eval_rate if eval_rate else 0.0
+        return min(evaluation, FINAL_EVALUATION_SHARE * self.clock.budget.seconds) + self.clock.save_seconds
+
+    def done(self) -> float:
+        return self.clock.budget.done(self.state.step, self.clock.seconds, self.reserve())
+
+    def step(self) -> None:
+        """One optimiser step at the learning rate of its middle."""
+        state, begun = self.state, time.perf_counter()
+        per_step = self.config.sequences_per_step
+        middle = self.clock.budget.middle(state.step, self.clock.seconds, self.step_seconds, self.reserve())
+        lr = lr_scale(self.config.train, middle)
+        sequences = self.batches.take(state.step * per_step, per_step)
+        loss, norm = train_step(state, sequences, lr)
+        state.val_loss = None
+        state.seconds = self.clock.seconds
+        self.pending.append((state.step, state.tokens, lr, loss, norm))
+        self.step_seconds = time.perf_counter() - begun
+
+    def flush(self) -> Iterator[Event]:
+        """Wait for the device once and tell all steps since the last time. A non-finite loss ends the run here,
+        before anything of it can be saved."""
+        if not self.pending:
+            return
+        values = torch.stack([torch.stack((loss, norm)) for *_, loss, norm in self.pending]).float().cpu().tolist()
+        for (step, tokens, lr, _, _), (loss, norm) in zip(self.pending, values, strict=True):
+            if not (math.isfinite(loss) and (math.isfinite(norm) or self.state.scaler)):
+                raise SiliconError(
+                    f"the loss is not finite at step {step} (loss {loss}, gradient norm {norm})",
+                    fix="Lower the learning rate (--set optim.lr=... optim.matrix_lr=...); checkpoints are whole.",
+                    kind="training_failed",
+                )
+            yield Step(step, tokens, loss, norm, lr)
+        self.pending.clear()
+        clock, now = self.clock, time.perf_counter()
+        tokens, seconds = self.state.tokens - clock.tokens_flushed, now - clock.flushed
+        clock.train_tokens += tokens
+        clock.train_seconds += seconds
+        clock.flushed, clock.tokens_flushed = now, self.state.tokens
+        done, used = self.done(), clock.seconds
+        left = clock.budget.seconds_left(done, used)
+        memory = self.state.device.peak_memory()
+        yield Progress(self.state.step, self.state.tokens, values[-1][0], tokens / seconds, memory, done, used, left)
+
+    def evaluate(self, limit: int | None) -> Iterator[Event]:
+        yield from self.flush()
+        batch = self.config.machine.micro_batch or 1
+        with self.state.averaged():
+            work = evaluate(self.state.model, self.dataset, self.state.device, batch, self.state.step, limit)
+            result = result_of(work)
+        self.state.val_loss = result.val_loss
+        self.clock.eval_rate = result.tokens / result.seconds
+        self.clock.flushed = time.perf_counter()
+        yield result
+
+    def checkpoint(self) -> Iterator[Event]:
+        yield from self.flush()
+        self.state.seconds = self.clock.seconds
+        saved = self.save()
+        self.clock.save_seconds = saved.seconds
+        self.clock.saved = self.clock.flushed = time.perf_counter()
+        yield saved
+
+    def subset(self) -> int:
+        """Windows of an evaluation during training: the same ones each time."""
+        return max(1, self.config.train.eval_tokens // self.config.model.context)
+
+    def final_windows(self) -> int | None:
+        """All windows; fewer only where a time budget would burst."""
+        if self.clock.budget.seconds is None or not self.clock.eval_rate:
+            return None
+        affordable = FINAL_EVALUATION_SHARE * self.clock.budget.seconds * self.clock.eval_rate
+        windows = int(affordable // self.config.model.context)
+        return None if windows >= self.windows else max(1, windows)
+
+    def evaluation_due(self, before: float, after: float) -> bool:
+        every = self.config.train.eval_every
+        if every:
+            return self.state.step % every == 0
+        return int(after * EVALUATIONS) > int(before * EVALUATIONS)
+
+    def save_due(self) -> bool:
+        every = self.config.train.save_every
+        if every:
+            return self.state.step % every == 0
+        return time.perf_counter() - self.clock.saved > SAVE_SECONDS
+
+
+def result_of(work: Generator[Event, None, Evaluated]) -> Evaluated:
+    """Run an evaluation to its end, without its progress records."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            return stop.value
+
+
+def fit(
+    state: TrainState,
+    batches: Batches,
+    dataset: Dataset,
+    run: tuple[str, str],
+    save: Callable[[], Saved],
+    stop: Callable[[], str | None],
+) -> Iterator[Event]:
+    """Train until the budget is used or `stop()` gives the name of a reason; asked once a step.
+
+    Yields a Step for every optimiser step, Progress about twice a second, Evaluated and Saved when due, and ends with
+    Finished. `run` is the name and folder for that last record. Every checkpoint but one made on `stop` is evaluated
+    first, so that the best can be known.
+    """
+    clock = Clock(Budget.of(state.config.train), state.seconds, tokens_flushed=state.tokens)
+    loop = Loop(state, batches, dataset, save, clock)
+    first_step, reason, result = state.step, "done", None
+    while (before := loop.done()) < 1:
+        loop.step()
+        if stopped := stop():
+            reason = stopped
+            break
+        after = loop.done()
+        if time.perf_counter() - clock.flushed > FLUSH_SECONDS:
+            yield from loop.flush()
+        if after < 1 and loop.evaluation_due(before, after):
+            yield from loop.evaluate(loop.subset())
+        if after < 1 and loop.save_due():
+            if state.val_loss is None:
+                yield from loop.evaluate(loop.subset())
+            yield from loop.checkpoint()
+    yield from loop.flush()
+    if reason == "done":
+        for event in loop.evaluate(loop.final_windows()):
+            result = event if isinstance(event, Evaluated) else result
+            yield event
+    if state.step > first_step:
+        yield from loop.checkpoint()
+    yield Finished(
+        *run,
+        state.step,
+        state.tokens,
+        round(clock.seconds, 3),
+        reason,
+        result.val_loss if result else None,
+        result.val_bpb if result else None,
+        round(clock.rate, 1),
+    )
