@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -38,7 +39,7 @@ Duration = Annotated[float, BeforeValidator(seconds)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -86,8 +87,8 @@ class TrainConfig(Section):
     final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of its peak")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 switches it off")
-    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0 evaluates at each twentieth of the run")
-    eval_tokens: int = Field(32_768, ge=1, description="validation tokens used during training; the end uses all")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0 spreads up to 20 over the run")
+    eval_tokens: int = Field(16_384, ge=1, description="validation tokens used during training; the end uses all")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves every 5 minutes")
     keep: int = Field(3, ge=2, description="checkpoints kept besides the best")
     seed: int = Field(1, ge=0, lt=2**63, description="decides initial weights, data order and dropout")
@@ -193,13 +194,20 @@ def resolve(*layers: Layer) -> RunConfig:
         given = {name: value for name, value in layer.values.items() if value is not None}
         for name in given:
             if name not in known:
-                raise SiliconError(
-                    f"unknown setting {name}", where=layer.source, fix=nearest(name, known) or "See silicon settings."
-                )
+                raise SiliconError(f"unknown setting {name}", where=layer.source, fix=_meant(name, known))
         _one_budget(layer.source, given, values, sources)
         values |= given
         sources |= dict.fromkeys(given, layer.source)
     return _validate(values, sources)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """The setting of the most similar last part, wherever it stands: a section alone makes no likeness."""
+    tails: dict[str, list[str]] = {}
+    for item in known:
+        tails.setdefault(item.rsplit(".", 1)[-1], []).append(item)
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=1, cutoff=0.6)
+    return (close and nearest(name, tails[close[0]], cutoff=0.0)) or "See silicon settings."
 
 
 def _one_budget(source: str, given: dict[str, Any], values: dict[str, Any], sources: dict[str, str]) -> None:
@@ -276,7 +284,7 @@ def parse_assignments(assignments: Iterable[str]) -> Layer:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # ValueError also for an integer of too many digits
         return text
 
 
@@ -310,7 +318,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SiliconError("no such file", where=str(path), kind="missing_input") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, an integer of too many digits
         raise SiliconError(f"not valid TOML: {error}", where=str(path)) from None
 
 
@@ -323,8 +331,8 @@ def write_run(path: Path, config: RunConfig, about: Mapping[str, Any]) -> None:
 def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     """The settings of a run folder with their sources, and its facts."""
     tables = read_toml(path)
-    sources = tables.get("sources", {})
-    flat = flatten(tables, str(path))
-    layers = [Layer(sources.get(name, "default"), {name: value}) for name, value in flat.items()]
-    config = resolve(*layers)
-    return config.model_copy(update={"sources": dict(sources)}), tables.get("about", {})
+    about, sources = tables.get("about"), tables.get("sources")
+    if not isinstance(about, dict) or not isinstance(sources, dict):  # the first and the last table: the file is cut
+        raise SiliconError("damaged: [about] or [sources] is missing", where=str(path), kind="bad_data")
+    config = resolve(Layer(str(path), flatten(tables, str(path))))
+    return config.model_copy(update={"sources": sources}), about

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from siliconlm import config as configs
 from siliconlm.config import Layer, RunConfig, SampleConfig
 from siliconlm.data.batches import Batches
 from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
+from siliconlm.data.sources import BUILTIN
 from siliconlm.data.tokenizer import Tokenizer
 from siliconlm.errors import SiliconError
 from siliconlm.events import Chosen, Event, Notice, Probed, Resumed, Saved, Started
-from siliconlm.hardware.device import Device, open_device
+from siliconlm.hardware.device import Device, is_out_of_memory, open_device, plain_words
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder
-from siliconlm.model.weights import read_model
+from siliconlm.model.weights import MODEL_FILES, read_model
 from siliconlm.training.checkpoint import (
     RunFolder,
     all_runs,
@@ -32,20 +34,21 @@ from siliconlm.training.checkpoint import (
     free_run_name,
     read_log,
 )
-from siliconlm.training.loop import evaluate, fit
+from siliconlm.training.loop import evaluate, evaluation_batch, fit
 from siliconlm.training.schedule import Budget
 from siliconlm.training.state import TrainState
 from siliconlm.tuning import profiles
 from siliconlm.tuning.probe import best_of, probe_batches
 from siliconlm.tuning.profiles import PROFILE_SECONDS
 
-BUILTIN = "builtin"
 DEFAULT_PRESET = "tiny"
+TOO_MUCH = "Checkpoints are whole. Train with a smaller --set machine.micro_batch=... or --preset."
+NO_ROOM = "Close what else uses memory, or choose another --device."
 Stop = Callable[[], str | None]
 
 Events = Iterator[Event]
 
-__all__ = ["prepare", "probe_batch", "profile", "resume", "runs", "sample", "train", "validate"]
+__all__ = ["BUILTIN", "prepare", "probe_batch", "profile", "resume", "runs", "sample", "train", "validate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +90,7 @@ def resolve_request(request: Request, dataset: Dataset | None, measured: Layer |
 
 
 def dataset_name(sources: list[str]) -> str:
-    """The name a dataset gets when none is given: the built-in corpus's, or the first source's."""
-    if not sources:
-        return BUILTIN
+    """The name a dataset gets when none is given: that of its first source."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(sources[0]).stem).strip("-.")
     return stem or "data"
 
@@ -109,7 +110,7 @@ def find_data(name: str | None) -> Generator[Event, None, Dataset]:
     elif name is None:
         name = BUILTIN
         yield Notice("nothing is prepared yet: preparing the built-in corpus (generated plays, about 1 MB)")
-        yield from prepare([], BUILTIN)
+        yield from prepare([BUILTIN], BUILTIN)
     return open_dataset(name)
 
 
@@ -141,6 +142,12 @@ def _fill_machine(config: RunConfig, device: Device, told: Sequence[Chosen] = ()
     values: dict[str, Any] = {"machine.device": device.kind, "machine.dtype": device.dtype_name}
     values["machine.threads"] = device.threads
     most, fault = device.largest_micro_batch(config.model)
+    if most < 1:
+        raise SiliconError(
+            f"not even one sequence of {config.model.context:,} tokens can be trained on this device: {fault}",
+            where=config.sources.get("model.context", ""),
+            fix="Choose a smaller --set model.context=... or another --device.",
+        )
     if config.machine.micro_batch is None:
         fits = [size for size in configs.divisors(config.sequences_per_step) if size <= most]
         values["machine.micro_batch"] = max(size for size in fits if size == 1 or size * config.model.context <= 4096)
@@ -217,6 +224,7 @@ def _shape(request: Request) -> Generator[Event, None, tuple[RunConfig, Device]]
 
 def forecast(request: Request) -> Iterator[Event | RunConfig]:
     """What `train` would do: the settings (a RunConfig) and the run's shape (a Started). Nothing is measured."""
+    resolve_request(request, None)
     with (yield from find_data(request.data)) as dataset:
         choices: list[Chosen] = []
         config = yield from _gathering(tune(request, dataset, dry=True), choices)
@@ -227,14 +235,17 @@ def forecast(request: Request) -> Iterator[Event | RunConfig]:
 
 def train(request: Request, name: str | None = None, stop: Stop = lambda: None) -> Iterator[Event]:
     """Start a run: data, settings for this machine, model, loop. Every event is also in the run's log."""
+    resolve_request(request, None)  # a wrong word is refused before any work, and so is a name in use
+    if name:
+        check_new_run(name)
     with (yield from find_data(request.data)) as dataset:
         choices: list[Chosen] = []
         base = resolve_request(request, dataset)
         Batches(dataset.train, base.model.context, base.train.seed)  # refuse a context longer than the data at once
-        name = name or free_run_name(f"{dataset.name}-{Path(request.preset or DEFAULT_PRESET).stem}")
-        check_new_run(name)  # a name in use is refused before anything is measured
+        dataset.verify()  # damaged data is refused before a run takes its name
         config = yield from _gathering(tune(request, dataset), choices)
-        run = create_run(name, config, {"dataset": str(dataset.path), "preset": request.preset})
+        name = name or free_run_name(f"{dataset.name}-{Path(request.preset or DEFAULT_PRESET).stem}")
+        run = create_run(name, config, {"dataset": str(dataset.path), "preset": request.preset or DEFAULT_PRESET})
         with run.lock():
             yield from _logged(run, _run(run, config, dataset, stop, choices))
 
@@ -252,27 +263,39 @@ def _gathering(work: Generator[Event, None, RunConfig], choices: list[Chosen]) -
 
 
 def resume(name: str | None = None, stop: Stop = lambda: None) -> Iterator[Event]:
-    """Go on with a run exactly where its newest whole checkpoint stands."""
+    """Go on with a run exactly where its newest whole checkpoint stands; from the start if it never had one."""
     run = find_run(name)
     config, about = run.config()
     with run.lock():
-        checkpoint, skipped = run.newest()
-        yield from (Notice(line, "warning") for line in skipped)
-        with open_dataset(about["dataset"]) as dataset:
-            yield from _logged(run, _run(run, config, dataset, stop, [], checkpoint.step))
+        step = 0
+        if run.checkpoints():
+            checkpoint, skipped = run.newest()
+            step = checkpoint.step
+            yield from (Notice(line, "warning") for line in skipped)
+        else:
+            yield Notice(f"run {run.name} stopped before its first checkpoint: it starts again")
+        with _dataset_of(config, about) as dataset:
+            dataset.verify()
+            yield from _logged(run, _run(run, config, dataset, stop, [], step))
+
+
+def _dataset_of(config: RunConfig, about: Mapping[str, Any]) -> Dataset:
+    """A run's dataset where it was, or by its name where the home has moved. `restore` compares the contents."""
+    path = str(about.get("dataset", ""))
+    return open_dataset(path if path and Path(path).is_dir() else config.data.name)
 
 
 def _run(
     run: RunFolder, config: RunConfig, dataset: Dataset, stop: Stop, choices: list[Chosen], step: int | None = None
 ) -> Iterator[Event]:
-    dataset.verify()
     device = open_device(config.machine)
     state = TrainState.new(config, device)
     yield _started(config, run.name, str(run.path), dataset, device, choices)
     if step is not None:
-        checkpoint = run.at_step(step)
-        state.restore(checkpoint, dataset.fingerprint)
-        yield Resumed(state.step, str(checkpoint.path))
+        checkpoint = run.at_step(step) if step else None
+        if checkpoint:
+            state.restore(checkpoint, dataset.fingerprint)
+        yield Resumed(state.step, str(checkpoint.path) if checkpoint else "")
         if Budget.of(config.train).done(state.step, state.seconds) >= 1:
             yield Notice(f"run {run.name} has used its budget of {Budget.of(config.train).describe()}")
     batches = Batches(dataset.train, config.model.context, config.train.seed)
@@ -284,9 +307,21 @@ def _run(
 
 
 def _logged(run: RunFolder, events: Iterator[Event]) -> Iterator[Event]:
-    for event in events:
-        run.log(event)
-        yield event
+    with _telling_out_of_memory(TOO_MUCH):
+        for event in events:
+            run.log(event)
+            yield event
+
+
+@contextmanager
+def _telling_out_of_memory(fix: str) -> Iterator[None]:
+    """Memory that runs out is something the user can mend: an error that says how, not a traceback."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SiliconError(f"out of memory: {plain_words(error)}", fix=fix, kind="out_of_memory") from None
 
 
 def _started(
@@ -332,7 +367,7 @@ def open_model(name: str | None, step: int | str | None = None) -> Generator[Eve
         return Opened(*read_model(folder), None, 0)
     run = find_run(name)
     if step is None:
-        checkpoint, skipped = run.newest(verify=False)
+        checkpoint, skipped = run.newest(MODEL_FILES)
         yield from (Notice(line, "warning") for line in skipped)
     else:
         checkpoint = run.at_step(step)
@@ -346,11 +381,11 @@ def sample(
     opened = yield from open_model(name, step)
     check_prompt(opened.tokenizer, prompt)
     place = open_device(configs.resolve(Layer("--device", {"machine.device": device})).machine)
-    place.check_model(opened.model.config)
-    opened.model.to(place.torch_device)
     seed = settings.seed if settings.seed is not None else secrets.randbits(32)
-    for index in range(settings.num_samples):
-        yield from generate(opened.model, opened.tokenizer, place, prompt, settings, seed, index)
+    with _telling_out_of_memory(NO_ROOM):
+        opened.model.to(place.torch_device)
+        for index in range(settings.num_samples):
+            yield from generate(opened.model, opened.tokenizer, place, prompt, settings, seed, index)
 
 
 def validate(
@@ -359,20 +394,21 @@ def validate(
     """Loss of a model on the whole validation split of its dataset (or of another with the same tokenizer)."""
     opened = yield from open_model(name, step)
     machine = Layer("--device", {"machine.device": device})
-    batch = 16
-    if opened.run:
-        config, about = opened.run.config()
-        data, batch = data or about["dataset"], config.machine.micro_batch or batch
-    if not data:
+    if data:
+        dataset = open_dataset(data)
+    elif opened.run:
+        dataset = _dataset_of(*opened.run.config())
+    else:
         raise SiliconError("a model folder has no dataset of its own", fix="Type --data NAME.", kind="missing_input")
     place = open_device(configs.resolve(machine).machine)
-    with open_dataset(data) as dataset:
+    with dataset, _telling_out_of_memory(NO_ROOM):
         dataset.val.verify()
         if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
             raise SiliconError(
                 f"dataset {dataset.name} was made with another tokenizer than the model's",
                 fix=f"Prepare it with --tokenizer {opened.run.path if opened.run else name}/.../tokenizer.json.",
             )
+        batch = evaluation_batch(opened.model.config.context)
         yield (yield from evaluate(opened.model.to(place.torch_device), dataset, place, batch, opened.step))
 
 
@@ -395,7 +431,7 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         "run": run.name,
         "path": str(run.path),
         "dataset": config.data.name,
-        "preset": about.get("preset") or DEFAULT_PRESET,
+        "preset": about.get("preset", "-"),
         "parameters": started.get("parameters"),
         "step": max((event.get("step", 0) for event in log), default=0),
         "budget": Budget.of(config.train).describe(),

@@ -10,7 +10,7 @@ class SiliconError(Exception):
     """Says what is wrong, where, and what to type. The command line prints it and exits 1.
 
     `kind` is a word for programs: bad_setting, missing_input, bad_data, no_device, out_of_memory, cannot_create,
-    io_error, run_in_use, training_failed.
+    io_error, run_in_use, training_failed, usage.
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "", kind: str = "bad_setting") -> None:
@@ -44,11 +44,7 @@ def from_os_error(error: OSError, doing: str = "") -> SiliconError:
     return SiliconError(f"{doing}: {what}" if doing else what, where=path, fix=fix, kind=kind)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`Did you mean ...?`, or an empty string where nothing is close."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close and "." not in name:
-        tails = {item.rsplit(".", 1)[-1]: item for item in known}
-        close = [tails[tail] for tail in difflib.get_close_matches(name, tails, n=1, cutoff=0.6)]
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"Did you mean {close[0]}?" if close else ""

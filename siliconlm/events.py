@@ -139,7 +139,10 @@ class Saved(Event):
 
 @dataclass(frozen=True, slots=True)
 class Finished(Event):
-    """Training ended. `reason`: done, or the name of the signal that stopped it."""
+    """Training ended. `reason`: done, or the name of the signal that stopped it.
+
+    `complete` says whether the last evaluation used the whole validation split.
+    """
 
     run: str
     path: str
@@ -149,6 +152,7 @@ class Finished(Event):
     reason: str
     val_loss: float | None
     val_bpb: float | None
+    complete: bool
     tokens_per_s: float
 
 

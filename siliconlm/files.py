@@ -71,11 +71,11 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name when the block ends well, and vanishes when it does not.
 
-    Every file written in the block must have been synced by its writer. A folder already there is moved aside first
-    and removed only after the new one is durable.
+    Every file written in the block must have been synced by its writer. A folder that already has the name is an
+    OSError; with `replace` it is moved aside first and removed only after the new one is durable.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.with_name(f".tmp-{target.name}.{secrets.token_hex(4)}")
@@ -83,7 +83,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
     try:
         yield stage
         sync_folder(stage)
-        discarded = target.with_name(f".trash-{target.name}.{secrets.token_hex(4)}") if target.exists() else None
+        discarded = (
+            target.with_name(f".trash-{target.name}.{secrets.token_hex(4)}") if replace and target.exists() else None
+        )
         if discarded:
             os.rename(target, discarded)
         os.rename(stage, target)

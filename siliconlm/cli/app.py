@@ -6,9 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
-import click
 import typer
 
 from siliconlm import __version__
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="silicon",
     help="Train a language model on the computer on your desk: measured settings, exact resume, nothing lost.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -31,17 +30,23 @@ app = typer.Typer(
 )
 
 
+# Older Typers use click, newer ones carry a copy of it: the class of usage errors is found through the one they share.
+UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+
+
 def main() -> NoReturn:
     """Run the command line. Exit 0 done, 1 something you can fix, 2 usage, 128 + signal when stopped by one."""
     try:
-        sys.exit(app(standalone_mode=False))
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
-        error.show()
+        with typer.main.get_command(app).make_context("silicon", sys.argv[1:]) as context:
+            context.command.invoke(context)
+            sys.stdout.flush()  # a reader that is gone shows here, not at the interpreter's end
+        sys.exit(0)
+    except typer.Exit as error:
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "silicon"
+        _fail(SiliconError(error.format_message(), fix=f"See {command} --help.", kind="usage"), 2)
+    except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
@@ -53,15 +58,20 @@ def main() -> NoReturn:
         _fail(from_os_error(error))
 
 
-def _fail(error: SiliconError) -> NoReturn:
+def _fail(error: SiliconError, code: int = 1) -> NoReturn:
     where = f" ({error.where})" if error.where else ""
-    print(f"error: {error.what}{where}", file=sys.stderr)
+    print(_line(f"error: {error.what}{where}"), file=sys.stderr)
     if error.fix:
-        print(f"  {error.fix}", file=sys.stderr)
+        print(_line(f"  {error.fix}"), file=sys.stderr)
     if "--json" in sys.argv[1:]:
         message = {"error": error.what, "where": error.where, "fix": error.fix, "kind": error.kind}
         print(json.dumps(message))
-    sys.exit(1)
+    sys.exit(code)
+
+
+def _line(text: str) -> str:
+    """A name out of a file or an argument may hold line ends and escape codes: they are shown, not sent."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _version(wanted: bool) -> None:
@@ -72,11 +82,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command(epilog="Example: silicon doctor --json")
@@ -107,8 +120,9 @@ def prepare(
     from siliconlm import engine
     from siliconlm.cli import render
 
-    dataset = name or engine.dataset_name(source or [])
-    render.prepare(engine.prepare(source or [], dataset, tokenizer, vocab_size, val_fraction, force), json_out)
+    sources = source or [engine.BUILTIN]
+    dataset = name or engine.dataset_name(sources)
+    render.prepare(engine.prepare(sources, dataset, tokenizer, vocab_size, val_fraction, force), json_out)
 
 
 @app.command("probe-batch", epilog="Example: silicon probe-batch --preset small --data shakespeare")

@@ -19,8 +19,14 @@ from siliconlm.cli.signals import Signals
 from siliconlm.errors import SiliconError, nearest
 from siliconlm.hardware.diagnosis import Diagnosis
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False)
+
+class Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # for `main`, which ends quietly; Rich itself would end with exit code 1
+
+
+out = Terminal(highlight=False, soft_wrap=True)
+err = Terminal(stderr=True, highlight=False)
 MARKS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
 
 
@@ -267,13 +273,13 @@ class TrainingView:
         elif isinstance(event, ev.Resumed):
             err.print(f"resumed from step {event.step:,}")
         elif isinstance(event, ev.Step):
-            self.smooth = event.loss if self.smooth is None else 0.95 * self.smooth + 0.05 * event.loss
+            self.smooth = event.loss if self.smooth is None else 0.9 * self.smooth + 0.1 * event.loss
         elif isinstance(event, ev.Progress):
             self.progress = event
         elif isinstance(event, ev.Evaluated):
             self.evaluated = event
-            whole = "" if event.complete else " (part of the validation split)"
-            loss = f"{self.smooth:.3f}" if self.smooth is not None else "-"
+            whole = "  on the whole validation split" if event.complete else ""
+            loss = f"{self.smooth:.4f}" if self.smooth is not None else "-"
             err.print(f"step {event.step:>6,}  loss {loss}  val_loss {event.val_loss:.4f}{whole}")
         elif isinstance(event, ev.Saved):
             err.print(Text(f"saved step {event.step:,} ({size(event.bytes)})", style="dim"))
@@ -302,7 +308,8 @@ def finish(event: ev.Finished) -> None:
         f"{number(event.tokens)} tokens in {clock(event.seconds)}"
     )
     if event.val_loss is not None:
-        out.print(f"  val_loss {event.val_loss:.4f} nats/token, {event.val_bpb:.4f} bits/byte")
+        part = "" if event.complete else " (on a part of the validation split: silicon eval uses all)"
+        out.print(f"  val_loss {event.val_loss:.4f} nats/token, {event.val_bpb:.4f} bits/byte{part}")
     if done:
         out.print(f'  next: silicon sample "To be or not" --run {event.run}')
     else:

@@ -42,6 +42,7 @@ LEARN_FROM = 100_000_000  # the most bytes of text a BPE vocabulary is learned f
 DISTINCT = 4_000_000  # the most bytes of different words: the trainer takes about a hundred times as much memory
 BATCH = 1 << 19  # characters encoded at once, on all cores
 CODE_POINTS = 0x110000
+COUNTS = ("tokens", "documents", "characters", "bytes")  # of each split
 
 
 @dataclass(slots=True)
@@ -104,7 +105,7 @@ def prepare(
         return
     made = given or (yield from _make_tokenizer(text, tokenizer, vocab_size))
     yield from _warn(text, made)
-    with staged_folder(target) as stage:
+    with staged_folder(target, replace=force) as stage:
         card = yield from _write(stage, name, text, made, recipe)
     yield Prepared(name, str(target), card)
 
@@ -434,7 +435,10 @@ def open_dataset(name_or_path: str) -> Dataset:
     """Open a dataset by its name or its folder. Checks that card, tokenizer and token files belong together."""
     path = _find(name_or_path)
     card = _read_card(path)
-    tokenizer = open_tokenizer(path / "tokenizer.json", card["tokenizer"]["kind"])
+    try:
+        tokenizer = open_tokenizer(path / "tokenizer.json", card["tokenizer"]["kind"])
+    except SiliconError as error:
+        raise _corrupt(path / "tokenizer.json", error.what) from error
     if tokenizer.sha256 != card["tokenizer"]["sha256"]:
         raise _corrupt(path / "tokenizer.json", "not the tokenizer that made the tokens")
     train = _open_shard(path, "train", card, tokenizer)
@@ -469,14 +473,26 @@ def _read_card(folder: Path) -> dict[str, Any]:
         raise _corrupt(path, "not JSON") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise _corrupt(path, f"not a data card of format {FORMAT}")
-    if any(not isinstance(card.get(key), dict) for key in ("tokenizer", "splits", "recipe")):
+    if not _has_all(card):
         raise _corrupt(path, "entries are missing")
     return card
 
 
+def _has_all(card: dict[str, Any]) -> bool:
+    """Whether every entry that is read later is there and of its type."""
+    try:
+        splits = [card["splits"][name] for name in ("train", "val")]
+        words = [card["tokenizer"]["kind"], card["tokenizer"]["sha256"], *(split["sha256"] for split in splits)]
+        counts = [split[name] for split in splits for name in COUNTS]
+        typed = all(type(word) is str for word in words) and all(type(count) is int for count in counts)
+        return typed and isinstance(card["recipe"], dict)
+    except (KeyError, TypeError):
+        return False
+
+
 def _open_shard(folder: Path, split: str, card: dict[str, Any], tokenizer: Tokenizer) -> Shard:
     shard = Shard.open(folder / f"{split}.bin")
-    recorded = card["splits"].get(split, {}).get("sha256")
+    recorded = card["splits"][split]["sha256"]
     if shard.sha256 == recorded and shard.tokenizer == tokenizer.sha256 and shard.vocab_fits(tokenizer.size):
         return shard
     shard.close()

@@ -13,6 +13,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+# Threads of GNU OpenMP that wait spin for milliseconds by default; where another program takes a core, that made a
+# training step 2 to 20 times slower here. It is read when torch loads, so it stands above the import.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import psutil
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -113,21 +117,27 @@ class Device:
         """Muon's Newton-Schulz iteration needs few digits; only CUDA computes them faster than float32."""
         return torch.bfloat16 if self.kind == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
+    @property
+    def resident(self) -> bool:
+        """Whether tensors count as resident memory of the process, which then can be watched from outside."""
+        return self.kind == "cpu"
+
     def largest_micro_batch(self, model: ModelConfig) -> tuple[int, str]:
-        """The most sequences the device's known faults allow, with the fault; (a very large number, "") if none."""
+        """The most sequences the device's known faults allow, with the fault; (a very large number, "") if none.
+
+        0 where already one sequence is too long.
+        """
         if self.kind != "mps":
             return sys.maxsize, ""
         logits = LARGEST_TENSOR // (model.context * model.vocab_size * 4 + 1)
         scores = LARGEST_TENSOR // (model.n_head * model.context**2 * 4 + 1)
-        limits = [
-            (max(1, min(logits, scores)), "a tensor of 4 GiB can abort the process on Apple GPUs (pytorch#149325)")
-        ]
+        limits = [(min(logits, scores), "a tensor of 4 GiB can abort the process on Apple GPUs (pytorch#149325)")]
         if wrong_long_matmuls():
-            limits.append((max(1, MATMUL_CAP // model.context), _long_matmul_reason()))
+            limits.append((MATMUL_CAP // model.context, _long_matmul_reason()))
         return min(limits)
 
     def check_model(self, model: ModelConfig) -> None:
-        """Refuse a shape whose numbers would be silently wrong on this device."""
+        """Refuse to train a shape whose gradients would be silently wrong on this device."""
         if self.kind == "mps" and wrong_long_matmuls() and model.vocab_size > MATMUL_CAP:
             raise SiliconError(
                 f"a vocabulary of {model.vocab_size:,} gives wrong gradients here: {_long_matmul_reason()}",
@@ -227,6 +237,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
+
+
+def plain_words(error: BaseException) -> str:
+    """An error's first line, without torch's advice to lift the memory limit, which can bring a Mac down."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(" Use PYTORCH_")[0]
 
 
 def peak_resident() -> int:

@@ -84,7 +84,7 @@ def check_prompt(tokenizer: Tokenizer, prompt: str) -> None:
     if missing:
         listed = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in missing[:8])
         raise SiliconError(
-            f"the model's tokenizer ({tokenizer.kind}) has no {listed}",
+            f"the model's tokenizer has no {listed}",
             where="prompt",
             fix="Leave these characters out, or train with --tokenizer byte, which knows all text.",
         )

@@ -9,15 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from siliconlm.config import ModelConfig
 from siliconlm.errors import SiliconError
+from siliconlm.model.decoder import Decoder
 
 FEATURES: dict[str, dict[str, Any]] = {
     "qwen3": {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True, "bias": False},
     "llama": {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": False, "bias": False},
     "gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu", "qk_norm": False, "bias": True},
+}
+# What a config.json may say of features that the decoder does not have: only that they are off.
+ABSENT: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
 }
 GPT2_NAMES = {
     "input_layernorm": "ln_1",
@@ -95,26 +109,35 @@ def _gpt2_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def from_hf_config(config: dict[str, Any], where: str) -> ModelConfig:
+def from_hf_config(config: Any, where: str) -> ModelConfig:
     """The shape behind a config.json. SiliconError for a family or a feature that the decoder does not have."""
-    family = config.get("model_type")
-    if family not in FEATURES:
-        known = ", ".join(FEATURES)
-        raise SiliconError(f"model type {family!r} is not one of {known}", where=where, kind="bad_data")
+
+    def bad(why: str) -> SiliconError:
+        return SiliconError(why, where=where, kind="bad_data")
+
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(family, str) or family not in FEATURES:
+        raise bad(f"model type {family!r} is not one of {', '.join(FEATURES)}")
+    for name, allowed in ABSENT.items():
+        if config.get(name, allowed[0]) not in allowed:
+            raise bad(f"{name} = {config[name]!r} is not supported")
     try:
         fields = _gpt2_fields(config) if family == "gpt2" else _llama_fields(config, where)
+        fields |= {"vocab_size": config["vocab_size"], "tied": config.get("tie_word_embeddings", family == "gpt2")}
+        return ModelConfig(**fields, **FEATURES[family])
     except KeyError as error:
-        raise SiliconError(f"{error.args[0]} is missing", where=where, kind="bad_data") from None
-    fields |= {"vocab_size": config["vocab_size"], "tied": config.get("tie_word_embeddings", family == "gpt2")}
-    return ModelConfig(**fields, **FEATURES[family])
+        raise bad(f"{error.args[0]} is missing") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise bad(": ".join([*map(str, problem["loc"]), problem["msg"]])) from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError):
+        raise bad("an entry has the wrong type") from None
 
 
 def _llama_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}
-    if config.get("rope_scaling") or rope.get("rope_type", "default") != "default":
-        raise SiliconError("scaled rotary positions are not supported yet", where=where, kind="bad_data")
-    if config.get("attention_bias") or config.get("mlp_bias") or config.get("use_sliding_window"):
-        raise SiliconError("biases and sliding windows are not supported here", where=where, kind="bad_data")
+    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise SiliconError("scaled and partial rotary positions are not supported", where=where, kind="bad_data")
     heads = config["num_attention_heads"]
     return {
         "n_layer": config["num_hidden_layers"],
@@ -170,22 +193,31 @@ def from_hf_tensors(model: ModelConfig, tensors: dict[str, Tensor]) -> dict[str,
 
 
 def _from_gpt2(model: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    weights = {}
+    """Our names for GPT-2's tensors. What GPT-2 does not have keeps its name, and is then found to be unknown."""
+    weights, known = {}, set()
     for name in _our_names(model):
-        if any(part in name for part in ("q_proj", "k_proj", "v_proj")):
-            layer, kind = name.split(".")[2], name.rsplit(".", 1)[1]
-            joined = tensors.get(f"transformer.h.{layer}.attn.c_attn.{kind}")
-            if joined is not None:
-                thirds = (joined.t() if kind == "weight" else joined).chunk(3)
-                weights[name] = thirds["qkv".index(name.split(".")[4][0])]
-        elif (tensor := tensors.get(_gpt2_name(name))) is not None:
-            weights[name] = tensor.t() if _is_conv1d(name, tensor) else tensor
-    return weights
+        joined = any(part in name for part in ("q_proj", "k_proj", "v_proj"))
+        theirs = _joined_name(name) if joined else _gpt2_name(name)
+        known.add(theirs)
+        if (tensor := tensors.get(theirs)) is None:
+            continue
+        tensor = tensor.t() if _is_conv1d(name, tensor) else tensor
+        # A tensor of the wrong shape gives thirds of the wrong shape, never an error here.
+        weights[name] = tensor.reshape(tensor.shape or (1,)).tensor_split(3)[_third(name)] if joined else tensor
+    return {**weights, **{name: tensor for name, tensor in tensors.items() if name not in known}}
+
+
+def _joined_name(name: str) -> str:
+    """GPT-2 keeps the projections of queries, keys and values in one tensor."""
+    _, _, layer, _, _, kind = name.split(".")
+    return f"transformer.h.{layer}.attn.c_attn.{kind}"
+
+
+def _third(name: str) -> int:
+    return "qkv".index(name.split(".")[4][0])
 
 
 def _our_names(model: ModelConfig) -> list[str]:
-    from siliconlm.model.decoder import Decoder
-
     with torch.device("meta"):
         return [name for name, _ in Decoder(model).named_parameters()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from pathlib import Path
@@ -28,7 +29,10 @@ NAMES = {
     torch.uint8: "U8",
 }
 TYPES = {name: dtype for dtype, name in NAMES.items()}
+MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")  # what `read_model` reads
 LARGEST_HEADER = 16 << 20
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_]+([./][A-Za-z0-9_]+)*")  # no path out of a folder
+LONGEST_NAME = 200
 
 
 def write_bytes(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
@@ -84,23 +88,33 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     if not 2 <= size <= min(LARGEST_HEADER, len(data) - 8):
         raise bad("the header does not fit the file")
     try:
-        header = json.loads(data[8 : 8 + size])
+        header = json.loads(data[8 : 8 + size], object_pairs_hook=_each_once)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         body, tensors, expected = memoryview(data)[8 + size :], {}, 0
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             dtype, shape = TYPES[entry["dtype"]], torch.Size(entry["shape"])
-            if not re.fullmatch(r"[A-Za-z0-9_./]{1,200}", name) or start != expected or end > len(body):
-                raise bad(f"tensor {name[:60]!r} is out of place")
-            if end - start != shape.numel() * dtype.itemsize or min(shape, default=0) < 0:
+            if len(name) > LONGEST_NAME or not TENSOR_NAME.fullmatch(name):
+                raise bad(f"{name[:60]!r} is no name of a tensor")
+            if start != expected or end > len(body):
+                raise bad(f"tensor {name} is out of place")
+            if end - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
                 raise bad(f"tensor {name} has the wrong size")
             tensors[name] = _tensor(body[start:end], dtype, shape)
             expected = end
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise bad(f"the header cannot be read ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # RuntimeError: nested too deep
+        why = " ".join(str(error).split())[:100]
+        raise bad(f"the header cannot be read ({why})") from None
     if expected != len(body):
         raise bad("bytes are left over behind the last tensor")
     return {name: tensors[name] for name in entries}
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return table
 
 
 def _tensor(raw: memoryview, dtype: torch.dtype, shape: torch.Size) -> Tensor:
@@ -137,18 +151,29 @@ def read_model(folder: Path, sha256: str | None = None) -> tuple[Decoder, Tokeni
         raise SiliconError("not a model folder: it has no config.json", where=str(folder), kind="missing_input")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SiliconError(f"not valid JSON: {error}", where=str(config_path), kind="bad_data") from None
     shape = families.from_hf_config(config, str(config_path))
     if not (folder / "model.safetensors").is_file():
         raise SiliconError("it has no model.safetensors", where=str(folder), kind="missing_input")
+    where, tensors = str(folder / "model.safetensors"), read_tensors(folder / "model.safetensors", sha256)
+    with torch.device("meta"):
+        _renamed(Decoder(shape), tensors, where)  # before memory is taken for what config.json claims
     model = Decoder(shape)
-    load_weights(model, read_tensors(folder / "model.safetensors", sha256), str(folder / "model.safetensors"))
+    load_weights(model, tensors, where)
     return model.eval(), open_tokenizer(folder / "tokenizer.json")
 
 
 def load_weights(model: Decoder, tensors: dict[str, Tensor], where: str) -> None:
     """Put a family's tensors into the decoder. Names and shapes must agree exactly; values must be finite."""
+    weights = _renamed(model, tensors, where)
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
+        raise SiliconError("it holds numbers that are not finite", where=where, kind="bad_data")
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+
+
+def _renamed(model: Decoder, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A family's tensors under the decoder's names; SiliconError where names or shapes do not agree."""
     weights = families.from_hf_tensors(model.config, tensors)
     ours = dict(model.state_dict())
     missing, unknown = sorted(ours.keys() - weights.keys()), sorted(weights.keys() - ours.keys())
@@ -156,6 +181,4 @@ def load_weights(model: Decoder, tensors: dict[str, Tensor], where: str) -> None
     for what, names in (("missing", missing), ("unknown", unknown), ("of another shape than config.json says", wrong)):
         if names:
             raise SiliconError(f"{names[0]} is {what} ({len(names)} in all)", where=where, kind="bad_data")
-    if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
-        raise SiliconError("it holds numbers that are not finite", where=where, kind="bad_data")
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    return weights

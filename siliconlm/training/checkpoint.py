@@ -21,7 +21,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +69,11 @@ class Checkpoint:
             raise SiliconError("damaged file", where=str(self.path / "state.json"), kind="bad_data")
         return dict(json.loads(data))
 
-    def verify(self) -> None:
-        """Hash every file. SiliconError (bad_data) names the first that is missing, resized or altered."""
+    def verify(self, names: Collection[str] | None = None) -> None:
+        """Hash the named files, or all. SiliconError (bad_data) names the first that is missing, resized or altered."""
         for name, facts in self.manifest["files"].items():
+            if names is not None and name not in names:
+                continue
             path = self.path / name
             if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
                 raise SiliconError("missing or damaged file", where=str(path), kind="bad_data")
@@ -151,14 +153,14 @@ class RunFolder:
         found = (self.path / "checkpoints").glob("step-*")
         return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=_step, reverse=True)
 
-    def newest(self, verify: bool = True) -> tuple[Checkpoint, list[str]]:
-        """The newest checkpoint that verifies, and a line for each newer one that did not."""
+    def newest(self, names: Collection[str] | None = None) -> tuple[Checkpoint, list[str]]:
+        """The newest checkpoint whose files (only the named ones, if any) verify, and a line for each newer one that
+        did not."""
         skipped = []
         for path in self.checkpoints():
             try:
                 checkpoint = read_checkpoint(path)
-                if verify:
-                    checkpoint.verify()
+                checkpoint.verify(names)
             except SiliconError as error:
                 skipped.append(f"skipped {path.name}: {error}")
                 continue
@@ -211,13 +213,13 @@ class RunFolder:
         start = time.perf_counter()
         self._check_space(tensors)
         target = self.path / "checkpoints" / f"step-{step:09d}"
-        with staged_folder(target) as stage:
+        with staged_folder(target, replace=True) as stage:
             files = {name: write_bytes(stage / name, text) for name, text in texts.items()}
             files |= {name: write_tensors(stage / name, group) for name, group in tensors.items()}
             manifest = {"format": FORMAT, "step": step, "val_loss": val_loss, "files": files, "versions": versions()}
             text = json.dumps(manifest)
             write_bytes(stage / MANIFEST, hashlib.sha256(text.encode()).hexdigest().encode(), b"\n", text.encode())
-        self._retain(keep)
+        self._retain(step, keep)
         size = sum(facts["bytes"] for facts in files.values())
         return Saved(step, str(target), size, round(time.perf_counter() - start, 3))
 
@@ -232,11 +234,13 @@ class RunFolder:
                 kind="io_error",
             )
 
-    def _retain(self, keep: int) -> None:
-        surplus = self.checkpoints()[keep:]
+    def _retain(self, step: int, keep: int) -> None:
+        """Remove what is older than the newest `keep` up to `step`. Newer ones are damaged: resuming passed them by."""
+        valid = [path for path in self.checkpoints() if _step(path) <= step]
+        surplus = valid[keep:]
         if not surplus:
             return
-        read_checkpoint(self.checkpoints()[0]).verify()  # never delete the old for a new one that is not good
+        read_checkpoint(valid[0]).verify()  # never delete the old for a new one that is not good
         best = self.best()
         for path in surplus:
             if best is None or path != best.path:
@@ -263,10 +267,9 @@ def runs_folder() -> Path:
 def create_run(name: str, config: RunConfig, about: Mapping[str, Any]) -> RunFolder:
     """A new run folder. SiliconError when the name is taken or is no plain file name."""
     path = check_new_run(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir()
-    (path / "checkpoints").mkdir()
-    write_run(path / "run.toml", config, {**about, "versions": versions()})
+    with staged_folder(path) as stage:
+        (stage / "checkpoints").mkdir()
+        write_run(stage / "run.toml", config, {**about, "versions": versions()})
     return RunFolder(path)
 
 

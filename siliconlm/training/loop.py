@@ -26,7 +26,11 @@ from siliconlm.training.state import TrainState
 
 FLUSH_SECONDS = 0.5  # how often the device is waited for and the losses are read
 EVALUATIONS = 20  # in a run, unless train.eval_every says otherwise
+EVALUATION_TOKENS = 2048  # at once, at least
+EVALUATION_SHARE = 0.03  # of a time budget, spent on evaluations before the last one
 SAVE_SECONDS = 300.0
+SAVE_SPEED = 300e6  # bytes per second, guessed until a save is measured
+EVALUATION_SPEED = 2.0  # guessed ratio of evaluation to training speed, until it is measured
 FINAL_EVALUATION_SHARE = 0.1  # of a time budget, at most
 
 
@@ -132,6 +136,11 @@ def evaluate(
     return Evaluated(step, nats / tokens, bpb, tokens, wanted == windows, round(time.perf_counter() - start, 3))
 
 
+def evaluation_batch(context: int, micro_batch: int | None = None) -> int:
+    """Sequences at once: the micro-batch, or more where it is small; without gradients they need little memory."""
+    return max(micro_batch or 1, EVALUATION_TOKENS // context)
+
+
 @dataclass(slots=True)
 class Clock:
     """Wall time used by the run, over all its sessions, and what the final evaluation and save will take."""
@@ -177,16 +186,21 @@ class Loop:
     def windows(self) -> int:
         return -(-(self.dataset.val.count - 1) // self.config.model.context)
 
+    def evaluation_rate(self) -> float:
+        """Validation tokens per second: measured, or guessed from the training speed; 0 when neither is known."""
+        return self.clock.eval_rate or EVALUATION_SPEED * self.clock.rate
+
     def reserve(self) -> float:
-        """Seconds to keep for the end of a time budget: estimated from the training speed until they are measured."""
+        """Seconds to keep for the end of a time budget: the final evaluation and save."""
         if self.clock.budget.seconds is None:
             return 0.0
-        eval_rate = self.clock.eval_rate or 2.0 * self.clock.rate
-        evaluation = self.dataset.val.count / eval_rate if eval_rate else 0.0
+        rate = self.evaluation_rate()
+        evaluation = self.dataset.val.count / rate if rate else 0.0
         return min(evaluation, FINAL_EVALUATION_SHARE * self.clock.budget.seconds) + self.clock.save_seconds
 
     def done(self) -> float:
-        return self.clock.budget.done(self.state.step, self.clock.seconds, self.reserve())
+        """The share of the budget that is used; of a time budget, with half of the step that would come next."""
+        return self.clock.budget.done(self.state.step, self.clock.seconds + self.step_seconds / 2, self.reserve())
 
     def step(self) -> None:
         """One optimiser step at the learning rate of its middle."""
@@ -209,11 +223,7 @@ class Loop:
         values = torch.stack([torch.stack((loss, norm)) for *_, loss, norm in self.pending]).float().cpu().tolist()
         for (step, tokens, lr, _, _), (loss, norm) in zip(self.pending, values, strict=True):
             if not (math.isfinite(loss) and (math.isfinite(norm) or self.state.scaler)):
-                raise SiliconError(
-                    f"the loss is not finite at step {step} (loss {loss}, gradient norm {norm})",
-                    fix="Lower the learning rate (--set optim.lr=... optim.matrix_lr=...); checkpoints are whole.",
-                    kind="training_failed",
-                )
+                raise _diverged(f"the loss is not finite at step {step} (loss {loss}, gradient norm {norm})")
             yield Step(step, tokens, loss, norm, lr)
         self.pending.clear()
         clock, now = self.clock, time.perf_counter()
@@ -228,10 +238,12 @@ class Loop:
 
     def evaluate(self, limit: int | None) -> Iterator[Event]:
         yield from self.flush()
-        batch = self.config.machine.micro_batch or 1
+        batch = evaluation_batch(self.config.model.context, self.config.machine.micro_batch)
         with self.state.averaged():
             work = evaluate(self.state.model, self.dataset, self.state.device, batch, self.state.step, limit)
             result = result_of(work)
+        if not math.isfinite(result.val_loss):
+            raise _diverged(f"the validation loss is not finite after step {self.state.step}")
         self.state.val_loss = result.val_loss
         self.clock.eval_rate = result.tokens / result.seconds
         self.clock.flushed = time.perf_counter()
@@ -239,6 +251,8 @@ class Loop:
 
     def checkpoint(self) -> Iterator[Event]:
         yield from self.flush()
+        if not self.state.is_finite():
+            raise _diverged(f"the weights are not finite after step {self.state.step}")
         self.state.seconds = self.clock.seconds
         saved = self.save()
         self.clock.save_seconds = saved.seconds
@@ -250,10 +264,10 @@ class Loop:
         return max(1, self.config.train.eval_tokens // self.config.model.context)
 
     def final_windows(self) -> int | None:
-        """All windows; fewer only where a time budget would burst."""
-        if self.clock.budget.seconds is None or not self.clock.eval_rate:
+        """All windows; fewer only where a time budget would burst. A run that is only opened again has no speed."""
+        if self.clock.budget.seconds is None or not self.evaluation_rate():
             return None
-        affordable = FINAL_EVALUATION_SHARE * self.clock.budget.seconds * self.clock.eval_rate
+        affordable = FINAL_EVALUATION_SHARE * self.clock.budget.seconds * self.evaluation_rate()
         windows = int(affordable // self.config.model.context)
         return None if windows >= self.windows else max(1, windows)
 
@@ -261,13 +275,27 @@ class Loop:
         every = self.config.train.eval_every
         if every:
             return self.state.step % every == 0
-        return int(after * EVALUATIONS) > int(before * EVALUATIONS)
+        count = self.evaluations()
+        return int(after * count) > int(before * count)
+
+    def evaluations(self) -> int:
+        """How many to make: of a time budget, as many as a small share of it pays for, but at least two."""
+        if self.clock.budget.seconds is None:
+            return EVALUATIONS
+        affordable = EVALUATION_SHARE * self.clock.budget.seconds * self.evaluation_rate()
+        affordable /= self.config.train.eval_tokens
+        return min(EVALUATIONS, max(2, int(affordable)))
 
     def save_due(self) -> bool:
         every = self.config.train.save_every
         if every:
             return self.state.step % every == 0
         return time.perf_counter() - self.clock.saved > SAVE_SECONDS
+
+
+def _diverged(what: str) -> SiliconError:
+    fix = "Lower the learning rate (--set optim.lr=... optim.matrix_lr=...); checkpoints are whole."
+    return SiliconError(what, fix=fix, kind="training_failed")
 
 
 def result_of(work: Generator[Event, None, Evaluated]) -> Evaluated:
@@ -294,6 +322,7 @@ def fit(
     first, so that the best can be known.
     """
     clock = Clock(Budget.of(state.config.train), state.seconds, tokens_flushed=state.tokens)
+    clock.save_seconds = state.bytes_to_save() / SAVE_SPEED
     loop = Loop(state, batches, dataset, save, clock)
     first_step, reason, result = state.step, "done", None
     while (before := loop.done()) < 1:
@@ -325,5 +354,6 @@ def fit(
         reason,
         result.val_loss if result else None,
         result.val_bpb if result else None,
+        result.complete if result else False,
         round(clock.rate, 1),
     )

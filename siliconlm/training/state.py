@@ -79,6 +79,14 @@ class TrainState:
             if name in weights:
                 weight.copy_(weights[name])
 
+    def is_finite(self) -> bool:
+        """Whether every weight is a number. Waits for the device once."""
+        return bool(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all())
+
+    def bytes_to_save(self) -> int:
+        """An estimate of a checkpoint's size: weights and at most two moments in float32, and their average."""
+        return self.model.count_parameters() * 4 * (4 if self.ema else 3)
+
     def save(self, run: RunFolder, tokenizer: Tokenizer, fingerprint: str) -> Saved:
         """Commit a checkpoint of this state."""
         shape = self.config.model

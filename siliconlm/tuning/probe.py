@@ -11,7 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 
@@ -24,6 +26,7 @@ FRACTION = 0.9  # of what the GPU recommends: allocations beyond it fail in the 
 ENOUGH = 0.98  # the smallest setting within 2 % of the best speed is chosen
 SLOWER = 0.9  # a setting under this share of the best speed ends the search
 POLL_SECONDS = 0.05
+CHILD = (sys.executable, "-m", "siliconlm.tuning.child")
 SWAP_GROWTH = 64 << 20
 DRIVER_OUT_OF_MEMORY = "Insufficient Memory"  # Metal says this on stderr and goes on with unfinished buffers
 CANARY = 0.01  # nats by which the same loss may differ when computed twice
@@ -37,13 +40,15 @@ class Answer:
     failure: str = ""
     out_of_memory: bool = False
     stopped: bool = False
+    cold: bool = False  # there was time for the first step only
 
 
 def probe_batches(config: RunConfig, device: Device, seconds: float) -> Iterator[Probed]:
     """Try growing micro-batches of a resolved config (its `machine.micro_batch` is ignored) for at most `seconds`.
 
     Candidates divide the sequences of a step, so that tokens per step never change. Ends at the first that does not
-    fit, is slower than the best by a tenth, or would not fit by the line through the last two.
+    fit, the second in a row that is slower than the best by a tenth (one alone may be the machine's noise), or the
+    first that would not fit by the line through the last two.
     """
     deadline = time.monotonic() + seconds
     budget = device.memory_budget()
@@ -59,15 +64,12 @@ def probe_batches(config: RunConfig, device: Device, seconds: float) -> Iterator
             yield _row(config, device, micro, 0, 0.0, "stopped", "no time left for a bigger one")
             return
         row = probe(config.replace("probe", **{"machine.micro_batch": micro}), device, budget, max(left, 10.0))
-        best = max((item.tokens_per_s for item in tried), default=0.0)
-        if row.verdict == "fits" and row.tokens_per_s < SLOWER * best:
-            row = _row(
-                config, device, micro, row.memory, row.tokens_per_s, "slower", "over a tenth slower than the best"
-            )
+        if row.verdict == "fits" and row.tokens_per_s < SLOWER * max((item.tokens_per_s for item in tried), default=0):
+            row = replace(row, verdict="slower", reason="over a tenth slower than the best")
         yield row
-        if row.verdict != "fits":
-            return
         tried.append(row)
+        if row.verdict not in ("fits", "slower") or [item.verdict for item in tried[-2:]] == ["slower", "slower"]:
+            return
 
 
 def probe(config: RunConfig, device: Device, budget: int, seconds: float) -> Probed:
@@ -80,11 +82,11 @@ def probe(config: RunConfig, device: Device, budget: int, seconds: float) -> Pro
         return _row(config, device, micro, 0, 0.0, verdict, answer.failure)
     rate = config.train.tokens_per_step / values["step_seconds"]
     memory = int(values["memory"])
-    if values["canary"] > CANARY:
+    if not values["canary"] <= CANARY:  # so written, a NaN fails as well
         return _row(config, device, micro, memory, rate, "failed", "the same loss came out differently when repeated")
     if memory > budget:
         return _row(config, device, micro, memory, rate, "too big", f"over the memory budget of {budget / 1e9:.1f} GB")
-    return _row(config, device, micro, memory, rate, "fits", "")
+    return _row(config, device, micro, memory, rate, "fits", "timed on the first step" if answer.cold else "")
 
 
 def run_child(config: RunConfig, device: Device, budget: int, seconds: float) -> Answer:
@@ -92,13 +94,13 @@ def run_child(config: RunConfig, device: Device, budget: int, seconds: float) ->
     request = {"config": _for_child(config, device), "fraction": FRACTION, "seconds": MEASURE_SECONDS}
     swap = psutil.swap_memory().used
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        command = [sys.executable, "-m", "siliconlm.tuning.child"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=err) as child:
+        with subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=out, stderr=err) as child:
             assert child.stdin is not None
-            child.stdin.write(json.dumps(request).encode())
-            child.stdin.close()
+            with suppress(BrokenPipeError):  # it has died already: its code and its last words say why
+                child.stdin.write(json.dumps(request).encode())
+                child.stdin.close()
             try:
-                stopped = _watch(child, budget, seconds, swap)
+                stopped = _watch(child, budget if device.resident else sys.maxsize, seconds, swap)
             finally:
                 child.kill()
         return _answer(child.returncode, stopped, _content(out), _content(err))
@@ -129,23 +131,30 @@ def _resident(pid: int) -> int:
 
 
 def _answer(code: int, stopped: Answer | None, out: str, err: str) -> Answer:
+    values = _last_object(out)
+    if stopped and stopped.stopped and "step_seconds" in values:
+        return Answer(values, cold=True)
     if stopped:
         return stopped
     if DRIVER_OUT_OF_MEMORY in err:
         return Answer({}, "the GPU's driver ran out of memory", out_of_memory=True)
-    lines = out.strip().splitlines()
-    try:
-        values = json.loads(lines[-1]) if lines else None
-    except ValueError:
-        values = None
     if code < 0:
         return Answer({}, f"the process was killed by signal {-code}", out_of_memory=code == -9)
-    if not isinstance(values, dict):
+    if code or not values:  # an answer of the first step does not make up for a crash in the second
         last = err.strip().splitlines()[-1:] or ["no output"]
         return Answer({}, f"the process ended with code {code}: {last[0]}")
     if "error" in values:
         return Answer({}, str(values["error"]), out_of_memory=bool(values["out_of_memory"]))
     return Answer(values)
+
+
+def _last_object(out: str) -> dict[str, Any]:
+    """The last line of a child's output; empty when it is no JSON object."""
+    try:
+        values = json.loads(out.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def best_of(rows: list[Probed]) -> Probed | None:

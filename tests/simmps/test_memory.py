@@ -1,0 +1,79 @@
+"""A pretend Apple GPU with little memory: what the probe says fits, trains; what does not is told in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+# The probe also watches the whole process, so the limit must be well above what a process with torch in it holds.
+# One sequence's logits are 8 MiB. 59 is prime: the probe tries 1 and all 59, whose logits alone (472 MiB) are over 0.9
+# of the limit, so the very wish for them fails.
+LIMIT = {"SIMMPS_RECOMMENDED": str(512 << 20)}
+SEQUENCES = 59
+SHAPE = {
+    "model__n_layer": 1,
+    "model__n_embd": 16,
+    "model__head_dim": 16,
+    "model__n_ff": 16,
+    "model__context": 256,
+    "model__vocab_size": 8192,
+    "train__tokens_per_step": SEQUENCES * 256,
+    "train__eval_every": 1000,
+}
+
+
+def settings(computer: Any) -> list[str]:
+    words = computer.training("unused", 1, **SHAPE)
+    return words[words.index("--set") :]
+
+
+@pytest.fixture(scope="module")
+def probes(mac: Any) -> dict[str, Any]:
+    words = ["probe-batch", "--data", "plays", "--device", "mps", "--json"]
+    return mac.silicon(*words, *settings(mac), **LIMIT).ended().json()
+
+
+def test_probe_finds_what_fits(probes: dict[str, Any]) -> None:
+    fits, too_big = probes["probes"]
+    assert (fits["micro_batch"], fits["verdict"]) == (1, "fits")
+    assert (too_big["micro_batch"], too_big["verdict"]) == (SEQUENCES, "too big")
+    assert too_big["reason"].startswith("MPS backend out of memory (MPS allocated: ")
+    assert too_big["reason"].endswith("Tried to allocate 472.00 MiB on private pool.")
+    assert "max allowed: 460.80 MiB" in too_big["reason"]
+    assert [(item["setting"], item["value"]) for item in probes["choices"]] == [("machine.micro_batch", 1)]
+
+
+def test_what_fits_trains_in_the_memory_the_probe_measured(mac: Any, probes: dict[str, Any]) -> None:
+    """Evaluation, of more tokens at once than a micro-batch of this size, and save included."""
+    words = mac.training("fits", 5, **SHAPE, machine__micro_batch=probes["choices"][0]["value"])
+    run = mac.silicon(*words, "--device", "mps", **LIMIT).ended()
+    assert run.events("finished")[0]["step"] == 5
+    assert run.events("saved") and run.events("evaluated")
+    used = max(event["memory"] for event in run.events("progress"))
+    assert used <= probes["probes"][0]["memory"] < 200e6
+
+
+def test_training_what_does_not_fit_says_what_to_type(mac: Any) -> None:
+    words = mac.training("bursts", 2, **SHAPE, machine__micro_batch=SEQUENCES)
+    run = mac.silicon(*words, "--device", "mps", **LIMIT).ended(1)
+    error, fix = run.err.splitlines()
+    assert error.startswith("error: out of memory: MPS backend out of memory (MPS allocated: ")
+    assert "machine.micro_batch" in fix
+    assert "WATERMARK" not in run.err  # torch's advice to lift the limit "may cause system failure"
+    last = run.out.splitlines()[-1]
+    assert '"kind": "out_of_memory"' in last
+
+
+def test_nothing_fits(mac: Any, plain: Any) -> None:
+    """Not even the weights: the probe, sampling and evaluating all say so in words."""
+    plain.silicon(*plain.training("small", 1, train__tokens_per_step=64), "--device", "cpu").ended()
+    commands = [
+        ["probe-batch", "--data", "plays", "--device", "mps", *settings(mac)],
+        ["sample", "Enter", "--run", "small", "--device", "mps"],
+        ["eval", "small", "--device", "mps"],
+    ]
+    for run in mac.silicons(*commands, SIMMPS_RECOMMENDED=str(64 << 10)):
+        error, fix = run.ended(1).err.splitlines()[-2:]
+        assert error.startswith("error: ") and "MPS backend out of memory" in error
+        assert "smaller --preset" in fix or "another --device" in fix
