@@ -23,9 +23,10 @@ from siliconlm.errors import SiliconError
 from siliconlm.events import Chosen, Event, Notice, Probed, Resumed, Saved, Started
 from siliconlm.hardware.device import Device, is_out_of_memory, open_device, plain_words
 from siliconlm.inference.session import check_prompt, generate
-from siliconlm.model.decoder import Decoder
+from siliconlm.model.decoder import Decoder, count_parameters
 from siliconlm.model.weights import MODEL_FILES, read_model
 from siliconlm.training.checkpoint import (
+    Checkpoint,
     RunFolder,
     all_runs,
     check_new_run,
@@ -42,7 +43,7 @@ from siliconlm.tuning.probe import best_of, probe_batches
 from siliconlm.tuning.profiles import PROFILE_SECONDS
 
 DEFAULT_PRESET = "tiny"
-TOO_MUCH = "Checkpoints are whole. Train with a smaller --set machine.micro_batch=... or --preset."
+TOO_MUCH = "Train under another --name with a smaller --set machine.micro_batch=... or --preset; checkpoints are whole."
 NO_ROOM = "Close what else uses memory, or choose another --device."
 Stop = Callable[[], str | None]
 
@@ -247,7 +248,7 @@ def train(request: Request, name: str | None = None, stop: Stop = lambda: None) 
         name = name or free_run_name(f"{dataset.name}-{Path(request.preset or DEFAULT_PRESET).stem}")
         run = create_run(name, config, {"dataset": str(dataset.path), "preset": request.preset or DEFAULT_PRESET})
         with run.lock():
-            yield from _logged(run, _run(run, config, dataset, stop, choices))
+            yield from _logged(run, _run(run, config, dataset, stop, choices=choices))
 
 
 def _gathering(work: Generator[Event, None, RunConfig], choices: list[Chosen]) -> Generator[Event, None, RunConfig]:
@@ -267,16 +268,15 @@ def resume(name: str | None = None, stop: Stop = lambda: None) -> Iterator[Event
     run = find_run(name)
     config, about = run.config()
     with run.lock():
-        step = 0
+        checkpoint = None
         if run.checkpoints():
             checkpoint, skipped = run.newest()
-            step = checkpoint.step
             yield from (Notice(line, "warning") for line in skipped)
         else:
             yield Notice(f"run {run.name} stopped before its first checkpoint: it starts again")
         with _dataset_of(config, about) as dataset:
             dataset.verify()
-            yield from _logged(run, _run(run, config, dataset, stop, [], step))
+            yield from _logged(run, _run(run, config, dataset, stop, checkpoint))
 
 
 def _dataset_of(config: RunConfig, about: Mapping[str, Any]) -> Dataset:
@@ -286,15 +286,20 @@ def _dataset_of(config: RunConfig, about: Mapping[str, Any]) -> Dataset:
 
 
 def _run(
-    run: RunFolder, config: RunConfig, dataset: Dataset, stop: Stop, choices: list[Chosen], step: int | None = None
+    run: RunFolder,
+    config: RunConfig,
+    dataset: Dataset,
+    stop: Stop,
+    checkpoint: Checkpoint | None = None,
+    choices: Sequence[Chosen] | None = None,
 ) -> Iterator[Event]:
+    """Train from a checkpoint or from the start. `choices` are those a new run was begun with; None resumes one."""
     device = open_device(config.machine)
     state = TrainState.new(config, device)
-    yield _started(config, run.name, str(run.path), dataset, device, choices)
-    if step is not None:
-        checkpoint = run.at_step(step) if step else None
-        if checkpoint:
-            state.restore(checkpoint, dataset.fingerprint)
+    yield _started(config, run.name, str(run.path), dataset, device, choices or [])
+    if checkpoint:
+        state.restore(checkpoint, dataset.fingerprint)
+    if choices is None:
         yield Resumed(state.step, str(checkpoint.path) if checkpoint else "")
         if Budget.of(config.train).done(state.step, state.seconds) >= 1:
             yield Notice(f"run {run.name} has used its budget of {Budget.of(config.train).describe()}")
@@ -325,25 +330,21 @@ def _telling_out_of_memory(fix: str) -> Iterator[None]:
 
 
 def _started(
-    config: RunConfig, name: str, path: str, dataset: Dataset, device: Device, choices: list[Chosen]
+    config: RunConfig, name: str, path: str, dataset: Dataset, device: Device, choices: Sequence[Chosen]
 ) -> Started:
-    import torch
-
-    with torch.device("meta"):
-        parameters = Decoder(config.model).count_parameters()
     micro = config.machine.micro_batch or 1
     return Started(
         run=name,
         path=path,
         dataset=dataset.name,
         device=f"{device.kind} {device.dtype_name}",
-        parameters=parameters,
+        parameters=count_parameters(config.model),
         micro_batch=micro,
         accumulation=config.sequences_per_step // micro,
         tokens_per_step=config.train.tokens_per_step,
         context=config.model.context,
         budget=Budget.of(config.train).describe(),
-        choices=choices,
+        choices=list(choices),
     )
 
 

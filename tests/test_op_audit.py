@@ -115,16 +115,16 @@ def device() -> Device:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_training(shape: str, optimiser: str, device: Device) -> None:
     used = audited(one_step(configured(shape, optim__name=optimiser), device))
-    assert {"aten::_fused_adamw_", "aten::_scaled_dot_product_attention_math"} & used == {"aten::_fused_adamw_"}
-    assert {"aten::bmm", "aten::_safe_softmax", "aten::embedding_dense_backward"} <= used
-    assert ("aten::stack" in used or "aten::cat" in used) and "aten::nll_loss_forward" in used
+    # The math path of attention, the tied or free head, and the fused AdamW were really there to be seen.
+    assert {"aten::_fused_adamw_", "aten::bmm", "aten::_safe_softmax", "aten::nll_loss_forward"} <= used
+    assert "aten::linalg_vector_norm" in used  # inside aten::_foreach_norm, of which clipping is made
 
 
 def test_training_with_everything_on(device: Device) -> None:
     halved = Device("cpu", torch.bfloat16, 1)
     settings = {"model__dropout": 0.1, "machine__checkpointing": True, "train__ema": 0.9, "optim__name": "muon"}
     used = audited(one_step(configured("qwen3", **settings), halved))
-    assert {"aten::_to_copy", "aten::lerp_.Scalar"} <= used
+    assert {"aten::_to_copy", "aten::lerp_.Scalar"} <= used  # autocast, the weights' average
     assert used & {"aten::bernoulli_.float", "aten::native_dropout"}
 
 

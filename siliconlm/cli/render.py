@@ -25,8 +25,9 @@ class Terminal(Console):
         raise  # for `main`, which ends quietly; Rich itself would end with exit code 1
 
 
-out = Terminal(highlight=False, soft_wrap=True)
-err = Terminal(stderr=True, highlight=False)
+WIDE = 200  # columns of a table that goes into a file or a pipe: a row is then a line
+out = Terminal(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDE)
+err = Terminal(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 MARKS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
 
 

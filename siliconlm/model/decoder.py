@@ -88,6 +88,12 @@ class Decoder(nn.Module):
         return sum(weight.numel() for weight in self.parameters())
 
 
+def count_parameters(config: ModelConfig) -> int:
+    """Trained numbers of a shape, without making it."""
+    with torch.device("meta"):
+        return Decoder(config).count_parameters()
+
+
 class Trunk(nn.Module):
     """Everything below the output head: [B, T] -> [B, T, C]."""
 

@@ -54,9 +54,7 @@ def test_out_of_memory_is_known_by_its_words(text: str) -> None:
     assert not is_out_of_memory(ValueError(text))
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()]
-)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 def test_out_of_memory_is_known_by_its_class(error: BaseException) -> None:
     assert is_out_of_memory(error)
 

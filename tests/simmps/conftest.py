@@ -71,7 +71,7 @@ class Computer:
             if not name.startswith(("PYTORCH_", "SIMMPS_", "SILICON_", "PYTHON"))
         }
         fixed = {"SILICON_HOME": str(self.home), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-        fixed |= {"CUDA_VISIBLE_DEVICES": "", "MALLOC_MMAP_THRESHOLD_": "4294967296"}  # no fresh pages at every step
+        fixed["CUDA_VISIBLE_DEVICES"] = ""
         if self.library:
             ops = HERE / "ops" / "mps_ops_2.13.txt"
             fixed |= {"SIMMPS_LIB": str(self.library), "SIMMPS_OPS": str(ops), "PYTHONPATH": str(CHILD)}

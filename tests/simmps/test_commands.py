@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-STEPS = 300  # of the run that is stopped: far more than pass between its first line and the signal
-SHORT = {"model__context": 32, "train__tokens_per_step": 64, "train__eval_every": 1000}
+STEPS = 150  # of the run that is stopped: far more than pass between its first line and the signal
+SHORT = {"model__n_layer": 1, "model__context": 32, "train__tokens_per_step": 64, "train__eval_every": 1000}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,11 @@ def test_prepare(mac: Any) -> None:
 def test_probe_batch_measures_the_gpu_in_children(mac: Any) -> None:
     words = mac.training("unused", 1, train__tokens_per_step=128)
     sets = words[words.index("--set") :]
-    told = mac.silicon("probe-batch", "--data", "plays", "--device", "mps", "--json", *sets).ended().json()
+    told = (
+        mac.silicon("probe-batch", "--data", "plays", "--device", "mps", "--limit", "10m", "--json", *sets)
+        .ended()
+        .json()
+    )
     assert [row["micro_batch"] for row in told["probes"]] == [1, 2]
     assert {row["verdict"] for row in told["probes"]} <= {"fits", "slower"}
     # A process with torch in it holds far more than this: so it was the GPU's memory, not the process's.

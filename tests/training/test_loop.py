@@ -295,7 +295,9 @@ def test_a_time_budget_trains_decays_evaluates_and_ends(
 
     run.state = TrainState.new(settings, device)
     run.state.restore(run.folder.newest()[0], dataset.fingerprint)
+    run.state.seconds, run.events = 3.0, []  # where saving was quicker than thought, a little time is left
     run.train()
+    assert run.of(Step) == run.of(Saved) == []
     assert run.of(Evaluated)[-1].complete, "a finished run that is resumed is not judged by a part"
 
 
@@ -400,13 +402,21 @@ def test_a_broken_weight_is_never_saved(
     assert_only_finite_checkpoints(run.folder)
 
 
-def test_a_weight_broken_by_the_last_step_is_never_saved(config: Config, device: Device, dataset: Dataset) -> None:
+@pytest.mark.parametrize("value", [math.nan, 3e38], ids=["no number", "a number beyond all sums"])
+def test_a_weight_broken_by_the_last_step_is_never_saved(
+    config: Config, device: Device, dataset: Dataset, value: float
+) -> None:
+    """No later training loss tells of it; weights may even be finite and every logit is not."""
+
     def spoil(state: TrainState) -> None:
         if state.step == 12:
             with torch.no_grad():
-                state.model.model.norm.weight[3] = math.nan
+                state.model.model.norm.weight.fill_(value)
+                state.model.model.embed_tokens.weight.mul_(100)
 
     run = Run(config(train__save_every=4), device, dataset)
-    with pytest.raises(SiliconError, match="not finite"):
+    with pytest.raises(SiliconError, match="not finite") as error:
         run.train(spoil)
+    assert error.value.kind == "training_failed"
     assert [event.step for event in run.of(Saved)] == [4, 8]
+    assert_only_finite_checkpoints(run.folder)
