@@ -52,7 +52,9 @@ class ModelConfig(Section):
     head_dim: int = Field(32, ge=2, multiple_of=2, description="width of one head")
     n_ff: int = Field(384, ge=8, description="width inside the MLP")
     vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0 takes the data's, padded to 64")
-    context: int = Field(256, ge=2, description="longest sequence, and the training sequence length, in tokens")
+    context: int = Field(
+        256, ge=2, le=1 << 20, description="longest sequence, and the training sequence length, in tokens"
+    )
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before attention and MLP")
     position: Literal["rope", "learned"] = Field("rope", description="how positions enter")
     mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="the MLP's shape")

@@ -39,7 +39,6 @@ LAZY = {"siliconlm.cli.app", "siliconlm.hardware.diagnosis"}
 # Only these import torch themselves. The parent of a probe does not: it asks the device, and leaves work to its child.
 TORCH_ROOMS = {"model", "training", "inference", "export", "engine"}
 TORCH_FILES = {"siliconlm.hardware.device", "siliconlm.tuning.child"}
-DEVICE_FILES = {"siliconlm.hardware.device", "siliconlm.config"}  # config lists the values that may be asked for
 
 
 def module_name(path: Path) -> str:
@@ -119,17 +118,6 @@ def test_only_the_rooms_that_compute_import_torch(module: str) -> None:
     if room(module) in TORCH_ROOMS or module in TORCH_FILES:
         return
     assert not {name for name in imports(module) if name.split(".")[0] == "torch"}
-
-
-def test_one_file_names_devices() -> None:
-    """Beside it only the setting's list of what may be asked for."""
-    naming = {
-        module
-        for module in MODULES
-        for node in ast.walk(tree(module))
-        if isinstance(node, ast.Constant) and node.value in ("mps", "cuda")
-    }
-    assert naming == DEVICE_FILES
 
 
 def test_nothing_is_printed_below_the_command_line() -> None:

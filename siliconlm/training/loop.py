@@ -249,11 +249,12 @@ class Loop:
         self.clock.flushed = time.perf_counter()
         yield result
 
-    def checkpoint(self) -> Iterator[Event]:
+    def checkpoint(self, last: bool = False) -> Iterator[Event]:
+        """Save. The last one uses up a time budget, of which the end may have left a moment."""
         yield from self.flush()
         if not self.state.is_finite():
             raise _diverged(f"the weights are not finite after step {self.state.step}")
-        self.state.seconds = self.clock.seconds
+        self.state.seconds = max(self.clock.seconds, (self.clock.budget.seconds or 0.0) if last else 0.0)
         saved = self.save()
         self.clock.save_seconds = saved.seconds
         self.clock.saved = self.clock.flushed = time.perf_counter()
@@ -345,7 +346,7 @@ def fit(
             result = event if isinstance(event, Evaluated) else result
             yield event
     if state.step > first_step:
-        yield from loop.checkpoint()
+        yield from loop.checkpoint(last=reason == "done")
     yield Finished(
         *run,
         state.step,
