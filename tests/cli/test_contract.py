@@ -398,3 +398,11 @@ def test_colours_only_where_they_are_wanted() -> None:
     words = ["doctor"]
     assert colour.search(on_a_terminal(words))
     assert not colour.search(on_a_terminal(words, NO_COLOR="1"))
+
+
+def test_a_sample_streams_as_one_text_on_a_terminal(trained: Trained) -> None:
+    """What is shown piece by piece must read like what is written at once."""
+    words = ["sample", "To be", "--max-tokens", "30", "--seed", "4", "--run", "whole"]
+    shown = on_a_terminal(words).replace("\r\n", "\n")
+    piped = subprocess.run([sys.executable, "-m", "siliconlm", *words], stdout=subprocess.PIPE, text=True, check=True)
+    assert piped.stdout.startswith("To be") and shown.startswith(piped.stdout)
