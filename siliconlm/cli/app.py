@@ -94,7 +94,10 @@ def _root(
 
 @app.command(epilog="Example: silicon doctor --json")
 def doctor(device: options.Device = None, json_out: options.Json = False) -> None:
-    """Look at this machine: facts, checks with remedies, the device a run would take."""
+    """Check this machine, with a remedy for what is wrong.
+
+    Shows the facts, the checks, and the device and precision a run would take, with the reasons.
+    """
     from siliconlm.cli import render
     from siliconlm.hardware.diagnosis import diagnose
 
@@ -107,7 +110,7 @@ def doctor(device: options.Device = None, json_out: options.Json = False) -> Non
 def prepare(
     source: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SOURCE]...", help="Files, folders, globs, or shakespeare. [default: built-in corpus]"),
+        typer.Argument(metavar="SOURCE", help="Files, folders, globs, or shakespeare. [default: built-in corpus]"),
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="N", help="Name of the dataset. [default: from SOURCE]")] = None,
     tokenizer: Annotated[str, typer.Option(metavar="T", help="byte, char, bpe or a tokenizer.json.")] = "byte",
@@ -134,7 +137,10 @@ def probe_batch(
     limit: options.Seconds = "60s",
     json_out: options.Json = False,
 ) -> None:
-    """Try growing micro-batches with real training steps in child processes."""
+    """Try growing micro-batches with real training steps.
+
+    Each runs in a child process, so running out of memory costs nothing. Stops before the memory limit.
+    """
     from siliconlm import engine
     from siliconlm.cli import render
 
@@ -152,7 +158,7 @@ def profile(
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
     json_out: options.Json = False,
 ) -> None:
-    """Measure this machine for a model and keep the best settings."""
+    """Measure the best settings for a model and keep them."""
     from siliconlm import engine
     from siliconlm.cli import render
 
@@ -195,7 +201,7 @@ def train(
 
 @app.command(epilog="Example: silicon resume first")
 def resume(run: options.Run = None, json_out: options.Json = False) -> None:
-    """Go on with a stopped run, exactly where its newest checkpoint stands."""
+    """Go on exactly where a stopped run was saved."""
     from siliconlm import engine
     from siliconlm.cli import render
     from siliconlm.cli.signals import Signals
@@ -255,7 +261,10 @@ def evaluate(
     device: options.Device = None,
     json_out: options.Json = False,
 ) -> None:
-    """Loss on the whole validation split: nats per token and bits per byte."""
+    """Measure the loss on the whole validation split.
+
+    In nats per token, and in bits per byte, which can be compared between tokenizers.
+    """
     from siliconlm import engine
     from siliconlm.cli import render
 
@@ -276,7 +285,7 @@ def settings(
     section: Annotated[str, typer.Argument(help="model, data, train, optim or machine. [default: all]")] = "",
     json_out: options.Json = False,
 ) -> None:
-    """Every setting that --set and profiles know, with its default."""
+    """List every setting for --set, with its default."""
     from siliconlm.cli import render
 
     render.settings(section, json_out)

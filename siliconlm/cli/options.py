@@ -17,5 +17,5 @@ Set = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(metavar="D", help="cuda, mps or cpu. [default: the best there is]")]
 Seconds = Annotated[str, typer.Option("--limit", metavar="TIME", help="Longest time to measure for.")]
-Run = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run by name or folder. [default: the latest]")]
+Run = Annotated[str | None, typer.Argument(metavar="RUN", help="A run by name or folder. [default: the latest]")]
 Step = Annotated[str | None, typer.Option(metavar="N", help="A checkpoint by its step, or best. [default: the newest]")]
