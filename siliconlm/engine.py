@@ -5,6 +5,7 @@ Only `silicon doctor` stands elsewhere (`hardware.doctor.diagnose`): it must ans
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
 from siliconlm.data.sources import BUILTIN
 from siliconlm.data.tokenizer import Tokenizer
 from siliconlm.errors import SiliconError
-from siliconlm.events import Chosen, Event, Notice, Probed, Resumed, Saved, Started
+from siliconlm.events import Chosen, Event, Notice, Probed, Resumed, Saved, Started, Tested
 from siliconlm.hardware.device import Device, is_out_of_memory, open_device, plain_words
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
@@ -38,9 +39,10 @@ from siliconlm.training.checkpoint import (
 from siliconlm.training.loop import evaluate, evaluation_batch, fit
 from siliconlm.training.schedule import Budget
 from siliconlm.training.state import TrainState
-from siliconlm.tuning import profiles
+from siliconlm.tuning import profiles, selftest_child
 from siliconlm.tuning.probe import best_of, probe_batches
 from siliconlm.tuning.profiles import PROFILE_SECONDS
+from siliconlm.tuning.selftest import INSTEAD
 
 DEFAULT_PRESET = "tiny"
 TOO_MUCH = "Train under another --name with a smaller --set machine.micro_batch=... or --preset; checkpoints are whole."
@@ -49,7 +51,7 @@ Stop = Callable[[], str | None]
 
 Events = Iterator[Event]
 
-__all__ = ["BUILTIN", "prepare", "probe_batch", "profile", "resume", "runs", "sample", "train", "validate"]
+__all__ = ["BUILTIN", "prepare", "probe_batch", "profile", "resume", "runs", "sample", "self_test", "train", "validate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,18 @@ def _fill_machine(config: RunConfig, device: Device, told: Sequence[Chosen] = ()
 
 def _unset(config: RunConfig, name: str) -> bool:
     return getattr(config.machine, name.removeprefix("machine.")) in (None, "auto", 0)
+
+
+# --- self-test -------------------------------------------------------------------------------------------------------
+
+
+def self_test(device: str | None = None) -> Iterator[Tested]:
+    """The device's arithmetic held against the CPU's, for every operation that training and sampling use."""
+    place = open_device(configs.resolve(Layer("--device", {"machine.device": device})).machine)
+    for verdict in selftest_child.self_test(place):
+        error = verdict.error if math.isfinite(verdict.error) else None
+        remedy = "" if verdict.passed else INSTEAD[verdict.needed]
+        yield Tested(verdict.name, verdict.passed, error, verdict.limit, verdict.detail, remedy)
 
 
 # --- probe-batch, profile --------------------------------------------------------------------------------------------

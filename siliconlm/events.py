@@ -65,6 +65,18 @@ class Chosen(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Tested(Event):
+    """One check of the device's arithmetic. `error` is None where there was no number; `remedy` is for a failed one."""
+
+    name: str
+    passed: bool
+    error: float | None
+    limit: float
+    detail: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Started(Event):
     """Training begins or goes on."""
 

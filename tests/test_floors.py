@@ -37,8 +37,9 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # the doctor must answer where torch cannot be imported at all.
 LAZY = {"siliconlm.cli.app", "siliconlm.hardware.diagnosis"}
 # Only these import torch themselves. The parent of a probe does not: it asks the device, and leaves work to its child.
-TORCH_ROOMS = {"model", "training", "inference", "export", "engine"}
-TORCH_FILES = {"siliconlm.hardware.device", "siliconlm.tuning.child"}
+TORCH_ROOMS = {"model", "training", "inference", "tuning", "export", "engine"}
+CHILDREN = {"siliconlm.tuning.child", "siliconlm.tuning.selftest_child"}
+TORCH_FILES = {"siliconlm.hardware.device"}
 
 
 def module_name(path: Path) -> str:
@@ -121,14 +122,14 @@ def test_only_the_rooms_that_compute_import_torch(module: str) -> None:
 
 
 def test_nothing_is_printed_below_the_command_line() -> None:
-    """The probe's child answers on stdout: that is its protocol."""
+    """Child processes answer on stdout: that is their protocol."""
     printing = {
         module
         for module in MODULES
         for node in ast.walk(tree(module))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert {module for module in printing if room(module) not in ("cli", "server")} == {"siliconlm.tuning.child"}
+    assert {module for module in printing if room(module) not in ("cli", "server")} == CHILDREN
     showing = {
         module for module in MODULES if {"rich", "logging", "typer"} & {n.split(".")[0] for n in imports(module)}
     }

@@ -93,7 +93,11 @@ def _root(
 
 
 @app.command(epilog="Example: silicon doctor --json")
-def doctor(device: options.Device = None, json_out: options.Json = False) -> None:
+def doctor(
+    device: options.Device = None,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Hold its arithmetic against the CPU's.")] = False,
+    json_out: options.Json = False,
+) -> None:
     """Check this machine, with a remedy for what is wrong.
 
     Shows the facts, the checks, and the device and precision a run would take, with the reasons.
@@ -102,8 +106,13 @@ def doctor(device: options.Device = None, json_out: options.Json = False) -> Non
     from siliconlm.hardware.diagnosis import diagnose
 
     diagnosis = diagnose(device)
-    render.doctor(diagnosis, json_out)
-    raise typer.Exit(0 if diagnosis.healthy else 1)
+    if self_test and diagnosis.torch.version:
+        from siliconlm import engine
+
+        sound = render.doctor(diagnosis, json_out, engine.self_test(device))
+    else:
+        sound = render.doctor(diagnosis, json_out)
+    raise typer.Exit(0 if diagnosis.healthy and sound else 1)
 
 
 @app.command(epilog="Example: silicon prepare my-notes/ --name notes --tokenizer bpe --vocab-size 4096")

@@ -81,10 +81,31 @@ def choice(event: ev.Chosen) -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def doctor(diagnosis: Diagnosis, json_out: bool) -> None:
+def doctor(diagnosis: Diagnosis, json_out: bool, tests: Iterable[ev.Tested] | None = None) -> bool:
+    """The machine and its checks, then the self-test as it goes; returns whether all of that passed."""
     if json_out:
-        as_json(diagnosis.as_json())
-        return
+        told = [] if tests is None else [test.as_json() for test in tests]
+        as_json(diagnosis.as_json() | ({} if tests is None else {"self_test": told}))
+        return all(test["passed"] for test in told)
+    out.print(machine_line(diagnosis), style="bold")
+    out.print(doctor_table(diagnosis))
+    passed = True
+    for test in tests or ():
+        passed &= test.passed
+        tell_test(test)
+    return passed
+
+
+def tell_test(test: ev.Tested) -> None:
+    mark, colour = MARKS["pass" if test.passed else "fail"]
+    error = "no number" if test.error is None else f"{test.error:.1e}"
+    line = Text.assemble(" ", (mark, colour), f"  {test.name:<26} error {error:>9}, limit {test.limit:.0e}")
+    out.print(line)
+    if not test.passed:
+        out.print(Text(f"    {test.detail}\n    → {test.remedy}", style=colour))
+
+
+def doctor_table(diagnosis: Diagnosis) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, style="bold")
@@ -98,8 +119,7 @@ def doctor(diagnosis: Diagnosis, json_out: bool) -> None:
     for item in diagnosis.choices:
         name = item.setting.rsplit(".", 1)[-1]
         table.add_row(Text("→", style="cyan"), name, f"{item.value}: {item.reason}")
-    out.print(machine_line(diagnosis), style="bold")
-    out.print(table)
+    return table
 
 
 def machine_line(diagnosis: Diagnosis) -> str:
