@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -11,19 +12,36 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from siliconlm.errors import SiliconError, nearest
-from siliconlm.files import write_file
+from siliconlm.files import home, write_file
 
+TIME_FORM = "a time is written like 90s, 30m, 2h or 1h30m"
 BUDGETS = ("train.steps", "train.tokens", "train.time")
 METADATA = {"sources", "about"}  # tables of a profile that are not settings
+LONGEST_CONTEXT = 1 << 20
+COLDEST = 1e-3  # divided by less, logits overflow
 
 
-def seconds(text: str | int | float) -> float:
-    """A duration in seconds out of `90`, `90s`, `30m`, `2h`, `1h30m`, `1d`."""
-    if isinstance(text, int | float):
-        return float(text)
+def seconds(text: object) -> float:
+    """A duration in seconds out of `90`, `90s`, `30m`, `2h`, `1h30m`, `1d`. ValueError for everything else."""
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        try:
+            return float(text)
+        except OverflowError:  # TOML has integers of any size
+            return math.inf
+    if not isinstance(text, str):  # TOML reads 00:10:00 as a time of day
+        raise ValueError(TIME_FORM)
     units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
     parts = re.fullmatch(r"\s*(?:([\d.]+)d)?\s*(?:([\d.]+)h)?\s*(?:([\d.]+)m)?\s*(?:([\d.]+)s?)?\s*", text)
     try:
@@ -31,7 +49,7 @@ def seconds(text: str | int | float) -> float:
     except (AttributeError, ValueError):
         values = []
     if not values:
-        raise ValueError("a time is written like 90s, 30m, 2h or 1h30m")
+        raise ValueError(TIME_FORM)
     return sum(values)
 
 
@@ -40,6 +58,12 @@ Duration = Annotated[float, BeforeValidator(seconds)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def clash(what: str, fix: str, *settings: str) -> PydanticCustomError:
+    """Settings that do not go together: an error that carries their dotted names, so that `resolve` can say
+    where each came from."""
+    return PydanticCustomError("clash", "{what}", {"what": what, "fix": fix, "settings": settings})
 
 
 class ModelConfig(Section):
@@ -53,7 +77,7 @@ class ModelConfig(Section):
     n_ff: int = Field(384, ge=8, description="width inside the MLP")
     vocab_size: int = Field(0, ge=0, description="rows of the embedding; 0 takes the data's, padded to 64")
     context: int = Field(
-        256, ge=2, le=1 << 20, description="longest sequence, and the training sequence length, in tokens"
+        256, ge=2, le=LONGEST_CONTEXT, description="longest sequence, and the training sequence length, in tokens"
     )
     norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalisation before attention and MLP")
     position: Literal["rope", "learned"] = Field("rope", description="how positions enter")
@@ -68,7 +92,12 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+            raise clash(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}",
+                f"Choose model.n_kv_head from {', '.join(map(str, divisors(self.n_head)))}.",
+                "model.n_head",
+                "model.n_kv_head",
+            )
         return self
 
 
@@ -79,7 +108,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The recipe. Nothing here may depend on the machine."""
 
-    steps: int | None = Field(None, ge=1, description="budget in optimiser steps")
+    steps: int | None = Field(None, ge=1, description="budget in optimiser steps; a run needs one budget")
     tokens: int | None = Field(None, ge=1, description="budget in tokens")
     time: Duration | None = Field(None, gt=0, description="budget in wall time, final evaluation and save included")
     tokens_per_step: int = Field(4096, ge=2, description="tokens of one optimiser step, on every machine")
@@ -122,7 +151,7 @@ class SampleConfig(Section):
     """How text is drawn from a model."""
 
     max_tokens: int = Field(300, ge=1, description="most tokens to make")
-    temperature: float = Field(0.8, ge=0, le=10, description="0 always takes the likeliest token")
+    temperature: float = Field(0.8, ge=0, le=10, description="0 always takes the likeliest token; else 0.001 or more")
     top_k: int = Field(0, ge=0, description="keep the K likeliest tokens; 0 keeps all")
     top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens that make up this probability")
     min_p: float = Field(0.0, ge=0, lt=1, description="drop tokens under this share of the likeliest one's probability")
@@ -130,6 +159,13 @@ class SampleConfig(Section):
     stop: tuple[str, ...] = Field((), description="end before this text")
     seed: int | None = Field(None, ge=0, lt=2**63, description="the same seed gives the same text")
     num_samples: int = Field(1, ge=1, le=1000, description="how many continuations to make")
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_too_cold(cls, temperature: float) -> float:
+        if 0 < temperature < COLDEST:
+            raise ValueError(f"must be 0 (always the likeliest token) or at least {COLDEST}")
+        return temperature
 
 
 class RunConfig(Section):
@@ -146,13 +182,21 @@ class RunConfig(Section):
     def _steps_hold_whole_sequences(self) -> RunConfig:
         if self.train.tokens_per_step % self.model.context:
             tokens, context = self.train.tokens_per_step, self.model.context
-            raise ValueError(f"train.tokens_per_step {tokens} is not a multiple of model.context {context}")
+            fits = " or ".join(map(str, _contexts(tokens, context)))
+            raise clash(
+                f"train.tokens_per_step {tokens} is not a multiple of model.context {context}",
+                f"Choose model.context={fits}, or a multiple of {context} for train.tokens_per_step.",
+                "train.tokens_per_step",
+                "model.context",
+            )
         micro = self.machine.micro_batch
         if micro and self.sequences_per_step % micro:
-            fits = ", ".join(map(str, divisors(self.sequences_per_step)))
-            raise ValueError(
-                f"machine.micro_batch {micro} does not divide the {self.sequences_per_step} sequences of a step; "
-                f"choose one of {fits}"
+            raise clash(
+                f"machine.micro_batch {micro} does not divide the {self.sequences_per_step} sequences of a step",
+                f"Choose one of {', '.join(map(str, divisors(self.sequences_per_step)))}.",
+                "machine.micro_batch",
+                "train.tokens_per_step",
+                "model.context",
             )
         return self
 
@@ -174,7 +218,15 @@ class Layer:
 
 
 def divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return small + [number // candidate for candidate in reversed(small) if candidate**2 != number]
+
+
+def _contexts(tokens: int, context: int) -> list[int]:
+    """The nearest contexts below and above `context` that divide `tokens`, where there are any."""
+    below = (size for size in range(context - 1, 1, -1) if tokens % size == 0)
+    above = (size for size in range(context + 1, min(tokens, LONGEST_CONTEXT) + 1) if tokens % size == 0)
+    return [size for size in (next(below, None), next(above, None)) if size]
 
 
 def known_settings() -> dict[str, Any]:
@@ -233,6 +285,10 @@ def _validate(values: dict[str, Any], sources: dict[str, str]) -> RunConfig:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "clash":
+            names = problem["ctx"]["settings"]
+            where = ", ".join(f"{name} from {sources.get(name, 'the defaults')}" for name in names)
+            raise SiliconError(message, where=where, fix=problem["ctx"]["fix"]) from None
         if name in values:
             message = f"{name} = {values[name]!r}: {message[0].lower()}{message[1:]}"
         raise SiliconError(message, where=sources.get(name, ""), fix="See silicon settings.") from None
@@ -245,7 +301,8 @@ def sampling(**values: Any) -> SampleConfig:
     except ValidationError as error:
         problem = error.errors()[0]
         flag = "--" + str(problem["loc"][0]).replace("_", "-")
-        message = f"{flag} {values[str(problem['loc'][0])]}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        reason = problem["msg"].removeprefix("Value error, ")
+        message = f"{flag} {values[str(problem['loc'][0])]}: {reason[0].lower()}{reason[1:]}"
         raise SiliconError(message, fix="See silicon sample --help.") from None
 
 
@@ -293,26 +350,34 @@ def _toml_value(text: str) -> Any:
 def profile_folders() -> list[Path]:
     """Where presets and hand-made profiles lie: in the installed package, or at the top of the source tree."""
     package = Path(__file__).parent
-    return [folder for folder in (package / "profiles", package.parent / "profiles") if folder.is_dir()]
+    folders = [package / "profiles"]
+    if (package.parent / "pyproject.toml").exists():  # else the parent is site-packages, which is everybody's
+        folders.append(package.parent / "profiles")
+    return [folder for folder in folders if folder.is_dir()]
 
 
-def profile_names() -> list[str]:
-    return sorted(path.stem for folder in profile_folders() for path in folder.glob("*.toml"))
+def profile_names(kind: str = "preset") -> list[str]:
+    """What `read_profile` finds by name."""
+    return sorted({path.stem for folder in _folders(kind) for path in folder.glob("*.toml")})
+
+
+def _folders(kind: str) -> list[Path]:
+    """Presets come with the package; profiles are also measured on this machine."""
+    return profile_folders() + ([] if kind == "preset" else [home() / "profiles"])
 
 
 def read_profile(name: str, *, kind: str = "profile") -> Layer:
     """A preset or profile by name, or a TOML file by path."""
     path = Path(name)
+    folders = _folders(kind)
     if path.suffix != ".toml" and "/" not in name:
-        found = [folder / f"{name}.toml" for folder in profile_folders() if (folder / f"{name}.toml").is_file()]
+        found = [folder / f"{name}.toml" for folder in folders if (folder / f"{name}.toml").is_file()]
         if not found:
-            known = profile_names()
+            known = profile_names(kind)
             fix = nearest(name, known) or f"There are: {', '.join(known)}."
             raise SiliconError(f"no {kind} named {name}", fix=fix, kind="missing_input")
         path = found[0]
-    return Layer(
-        f"{kind} {path.stem if path.parent in profile_folders() else path}", flatten(read_toml(path), str(path))
-    )
+    return Layer(f"{kind} {path.stem if path.parent in folders else path}", flatten(read_toml(path), str(path)))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
+import shlex
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from siliconlm.config import Layer, RunConfig, SampleConfig
 from siliconlm.data.batches import Batches
 from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
 from siliconlm.data.sources import BUILTIN
-from siliconlm.data.tokenizer import Tokenizer
+from siliconlm.data.tokenizer import Tokenizer, byte_tokenizer
 from siliconlm.errors import SiliconError
-from siliconlm.events import Chosen, Event, Notice, Probed, Resumed, Saved, Started, Tested
+from siliconlm.events import Chosen, Event, Notice, Probed, Resumed, Saved, Started, Tested, Working
 from siliconlm.hardware.device import Device, is_out_of_memory, open_device, plain_words
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
+from siliconlm.model.families import family_of
 from siliconlm.model.weights import MODEL_FILES, read_model
 from siliconlm.training.checkpoint import (
     Checkpoint,
@@ -38,13 +40,14 @@ from siliconlm.training.checkpoint import (
 )
 from siliconlm.training.loop import evaluate, evaluation_batch, fit
 from siliconlm.training.schedule import Budget
-from siliconlm.training.state import TrainState
+from siliconlm.training.state import TrainState, other_data
 from siliconlm.tuning import profiles, selftest_child
 from siliconlm.tuning.probe import best_of, probe_batches
 from siliconlm.tuning.profiles import PROFILE_SECONDS
 from siliconlm.tuning.selftest import INSTEAD
 
 DEFAULT_PRESET = "tiny"
+UNMEASURED_TOKENS = 4096  # of a micro-batch that nobody chose and nothing measured
 TOO_MUCH = "Train under another --name with a smaller --set machine.micro_batch=... or --preset; checkpoints are whole."
 NO_ROOM = "Close what else uses memory, or choose another --device."
 Stop = Callable[[], str | None]
@@ -77,12 +80,13 @@ def resolve_request(request: Request, dataset: Dataset | None, measured: Layer |
         layers.append(configs.read_profile(request.profile))
     layers += [configs.parse_assignments(request.assignments), *request.flags]
     config = configs.resolve(*layers)
+    family_of(config.model)  # a shape that no checkpoint could be written of is refused before any work
     if dataset is None:
         return config
-    facts: dict[str, Any] = {"data.name": dataset.name}
+    if request.data or not config.data.name:
+        config = config.replace("--data" if request.data else "default", **{"data.name": dataset.name})
     if not config.model.vocab_size:
-        facts["model.vocab_size"] = padded_vocabulary(dataset.tokenizer)
-    config = config.replace("data", **facts)
+        config = config.replace("data", **{"model.vocab_size": padded_vocabulary(dataset.tokenizer)})
     if config.model.vocab_size < dataset.tokenizer.size:
         raise SiliconError(
             f"model.vocab_size {config.model.vocab_size} is less than the tokenizer's {dataset.tokenizer.size}",
@@ -103,17 +107,26 @@ def padded_vocabulary(tokenizer: Tokenizer) -> int:
     return -(-tokenizer.size // 64) * 64
 
 
-def find_data(name: str | None) -> Generator[Event, None, Dataset]:
-    """The dataset by name; without a name the only one, or the built-in corpus, prepared if need be and said so."""
-    if name is None and (there := datasets()):
-        if len(there) > 1 and BUILTIN not in there:
-            raise SiliconError("there are several datasets", fix=f"Type --data and one of: {', '.join(there)}.")
-        name = there[0] if len(there) == 1 else BUILTIN
-        yield Notice(f"training on dataset {name}")
-    elif name is None:
+def default_data(request: Request) -> str | None:
+    """The dataset that a request names or implies: the only one there is, or the built-in corpus; None without any."""
+    named = request.data or resolve_request(request, None).data.name
+    there = datasets()
+    if named or not there:
+        return named or None
+    if len(there) > 1 and BUILTIN not in there:
+        raise SiliconError("there are several datasets", fix=f"Type --data and one of: {', '.join(there)}.")
+    return there[0] if len(there) == 1 else BUILTIN
+
+
+def find_data(request: Request) -> Generator[Event, None, Dataset]:
+    """The dataset of a request; where nothing is prepared yet, the built-in corpus, prepared and said so."""
+    name = default_data(request)
+    if name is None:
         name = BUILTIN
         yield Notice("nothing is prepared yet: preparing the built-in corpus (generated plays, about 1 MB)")
         yield from prepare([BUILTIN], BUILTIN)
+    elif not request.data:
+        yield Notice(f"training on dataset {name}")
     return open_dataset(name)
 
 
@@ -153,7 +166,9 @@ def _fill_machine(config: RunConfig, device: Device, told: Sequence[Chosen] = ()
         )
     if config.machine.micro_batch is None:
         fits = [size for size in configs.divisors(config.sequences_per_step) if size <= most]
-        values["machine.micro_batch"] = max(size for size in fits if size == 1 or size * config.model.context <= 4096)
+        size = max(size for size in fits if size == 1 or size * config.model.context <= UNMEASURED_TOKENS)
+        values["machine.micro_batch"] = size
+        yield Chosen("machine.micro_batch", size, f"not measured: at most {UNMEASURED_TOKENS:,} tokens at once")
     elif config.machine.micro_batch > most:
         raise SiliconError(
             f"micro-batch {config.machine.micro_batch} is too big for this device: {fault}",
@@ -220,15 +235,14 @@ def profile(request: Request, seconds: float = PROFILE_SECONDS, refresh: bool = 
 
 def _shape(request: Request) -> Generator[Event, None, tuple[RunConfig, Device]]:
     """The config and device of a request whose data may not be prepared: then the byte vocabulary stands in."""
-    known = request.data or (BUILTIN if BUILTIN in datasets() else None)
-    if known:
+    if known := default_data(request):
         with open_dataset(known) as dataset:
             config = resolve_request(request, dataset)
     else:
         config = resolve_request(request, None)
         if not config.model.vocab_size:
-            config = config.replace("the byte tokenizer", **{"model.vocab_size": 320})
-            yield Notice("no --data given: measuring with the byte tokenizer's vocabulary")
+            config = config.replace("byte tokenizer", **{"model.vocab_size": padded_vocabulary(byte_tokenizer())})
+            yield Notice("nothing is prepared yet: measuring with the byte tokenizer's vocabulary")
     device = open_device(config.machine)
     device.check_model(config.model)
     return config, device
@@ -240,7 +254,7 @@ def _shape(request: Request) -> Generator[Event, None, tuple[RunConfig, Device]]
 def forecast(request: Request) -> Iterator[Event | RunConfig]:
     """What `train` would do: the settings (a RunConfig) and the run's shape (a Started). Nothing is measured."""
     resolve_request(request, None)
-    with (yield from find_data(request.data)) as dataset:
+    with (yield from find_data(request)) as dataset:
         choices: list[Chosen] = []
         config = yield from _gathering(tune(request, dataset, dry=True), choices)
         Batches(dataset.train, config.model.context, config.train.seed)
@@ -253,14 +267,15 @@ def train(request: Request, name: str | None = None, stop: Stop = lambda: None) 
     resolve_request(request, None)  # a wrong word is refused before any work, and so is a name in use
     if name:
         check_new_run(name)
-    with (yield from find_data(request.data)) as dataset:
+    with (yield from find_data(request)) as dataset:
         choices: list[Chosen] = []
         base = resolve_request(request, dataset)
         Batches(dataset.train, base.model.context, base.train.seed)  # refuse a context longer than the data at once
         dataset.verify()  # damaged data is refused before a run takes its name
         config = yield from _gathering(tune(request, dataset), choices)
-        name = name or free_run_name(f"{dataset.name}-{Path(request.preset or DEFAULT_PRESET).stem}")
-        run = create_run(name, config, {"dataset": str(dataset.path), "preset": request.preset or DEFAULT_PRESET})
+        preset = Path(request.preset or DEFAULT_PRESET).stem
+        about = {"dataset": str(dataset.path), "data": dataset.fingerprint, "preset": preset}
+        run = create_run(name or free_run_name(f"{dataset.name}-{preset}"), config, about)
         with run.lock():
             yield from _logged(run, _run(run, config, dataset, stop, choices=choices))
 
@@ -277,10 +292,16 @@ def _gathering(work: Generator[Event, None, RunConfig], choices: list[Chosen]) -
         yield event
 
 
-def resume(name: str | None = None, stop: Stop = lambda: None) -> Iterator[Event]:
-    """Go on with a run exactly where its newest whole checkpoint stands; from the start if it never had one."""
+def resume(name: str | None = None, stop: Stop = lambda: None, device: str | None = None) -> Iterator[Event]:
+    """Go on with a run exactly where its newest whole checkpoint stands; from the start if it never had one.
+
+    On another `device` than the run was made for it goes on too, but not to the same bits.
+    """
     run = find_run(name)
     config, about = run.config()
+    if device and device != config.machine.device:
+        config = config.replace("--device", **{"machine.device": device, "machine.dtype": "auto"})
+        yield Notice(f"going on with {device}: the result will not be the same to the bit", "warning")
     with run.lock():
         checkpoint = None
         if run.checkpoints():
@@ -290,6 +311,8 @@ def resume(name: str | None = None, stop: Stop = lambda: None) -> Iterator[Event
             yield Notice(f"run {run.name} stopped before its first checkpoint: it starts again")
         with _dataset_of(config, about) as dataset:
             dataset.verify()
+            if about.get("data") != dataset.fingerprint:
+                raise other_data(str(dataset.path))
             yield from _logged(run, _run(run, config, dataset, stop, checkpoint))
 
 
@@ -328,7 +351,8 @@ def _run(
 def _logged(run: RunFolder, events: Iterator[Event]) -> Iterator[Event]:
     with _telling_out_of_memory(TOO_MUCH):
         for event in events:
-            run.log(event)
+            if not isinstance(event, Working):
+                run.log(event)
             yield event
 
 
@@ -373,20 +397,22 @@ class Opened:
     tokenizer: Tokenizer
     run: RunFolder | None
     step: int
+    path: Path
 
 
 def open_model(name: str | None, step: int | str | None = None) -> Generator[Event, None, Opened]:
     """The one door: a run by name or path (its newest whole checkpoint, or a step), or a Hugging Face folder."""
     folder = Path(name).expanduser() if name else None
     if folder and (folder / "config.json").is_file():
-        return Opened(*read_model(folder), None, 0)
+        return Opened(*read_model(folder), None, 0, folder)
     run = find_run(name)
     if step is None:
         checkpoint, skipped = run.newest(MODEL_FILES)
         yield from (Notice(line, "warning") for line in skipped)
     else:
         checkpoint = run.at_step(step)
-    return Opened(*read_model(checkpoint.path, checkpoint.sha256("model.safetensors")), run, checkpoint.step)
+    model, tokenizer = read_model(checkpoint.path, checkpoint.sha256("model.safetensors"))
+    return Opened(model, tokenizer, run, checkpoint.step, checkpoint.path)
 
 
 def sample(
@@ -421,7 +447,7 @@ def validate(
         if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
             raise SiliconError(
                 f"dataset {dataset.name} was made with another tokenizer than the model's",
-                fix=f"Prepare it with --tokenizer {opened.run.path if opened.run else name}/.../tokenizer.json.",
+                fix=f"Prepare it with --tokenizer {shlex.quote(str(opened.path / 'tokenizer.json'))}.",
             )
         batch = evaluation_batch(opened.model.config.context)
         yield (yield from evaluate(opened.model.to(place.torch_device), dataset, place, batch, opened.step))
@@ -452,6 +478,6 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         "budget": Budget.of(config.train).describe(),
         "val_loss": evaluated["val_loss"] if evaluated else None,
         "val_bpb": evaluated["val_bpb"] if evaluated else None,
-        "state": "done" if reason == "done" else f"stopped ({reason})",
+        "state": "running" if run.in_use() else "done" if reason == "done" else reason,
         "written": log[-1]["at"] if log else None,
     }

@@ -6,6 +6,7 @@ A rename alone survives `kill -9` but not a power cut; the syncs make it survive
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -104,9 +105,11 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(discarded, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what interrupted writes left in `folder`. Only for the one process that may write there."""
-    for leftover in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what interrupted writes left in `folder`, or there of `name` alone. Only for the one process that may
+    write that."""
+    ending = "*" if name is None else f"{glob.escape(name)}.{'[0-9a-f]' * 8}"  # of `a`, not of `a.b`
+    for leftover in [*folder.glob(f".tmp-{ending}"), *folder.glob(f".trash-{ending}")]:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,16 @@ def test_settings_that_do_not_go_together_say_what_would() -> None:
     shape = Layer("preset", {"model.context": 64, "train.tokens_per_step": 768})
     error = refused(shape, Layer("--set", {"machine.micro_batch": 5}))
     assert "machine.micro_batch 5 does not divide the 12 sequences" in error.what
-    assert error.what.endswith("choose one of 1, 2, 3, 4, 6, 12")
-    assert (
-        "769 is not a multiple of model.context 64" in refused(shape, Layer("x", {"train.tokens_per_step": 769})).what
-    )
-    assert "n_head 4 is not a multiple of n_kv_head 3" in refused(Layer("x", {"model.n_kv_head": 3})).what
+    assert error.fix == "Choose one of 1, 2, 3, 4, 6, 12."
+    assert error.where.startswith("machine.micro_batch from --set, train.tokens_per_step from preset")
+    error = refused(Layer("preset", {"train.tokens_per_step": 8192}), Layer("--set", {"model.context": 216}))
+    assert error.what == "train.tokens_per_step 8192 is not a multiple of model.context 216"
+    assert error.where == "train.tokens_per_step from preset, model.context from --set"
+    assert error.fix == "Choose model.context=128 or 256, or a multiple of 216 for train.tokens_per_step."
+    assert "model.context=769," in refused(shape, Layer("x", {"train.tokens_per_step": 769})).fix
+    error = refused(Layer("x", {"model.n_kv_head": 3}))
+    assert error.what == "n_head 4 is not a multiple of n_kv_head 3" and error.fix.endswith("from 1, 2, 4.")
+    assert error.where == "model.n_head from the defaults, model.n_kv_head from x"
 
 
 def test_divisors_are_all_there_are() -> None:
@@ -189,6 +195,16 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"90s, 30m, 2h or 1h30m"):
         seconds(text)
     assert "90s, 30m, 2h or 1h30m" in refused(Layer("--time", {"train.time": text})).what
+
+
+@pytest.mark.parametrize("text", ["00:10:00", "[1]", "true", "{}", "1979-05-27", "9" * 400])
+def test_toml_that_is_no_duration_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(f"[train]\ntime = {text}")
+    for layer in (parse_assignments([f"train.time={text}"]), read_profile(str(tmp_path / "mine.toml"))):
+        says = "finite number" if text.isdigit() else "a time is written like 90s"
+        assert says in refused(layer).what
+    with pytest.raises(ValueError, match="a time is written like"):
+        seconds(datetime.time(0, 10))
 
 
 def test_assignments_are_toml_where_they_are_toml() -> None:
@@ -288,6 +304,30 @@ def test_a_preset_that_is_not_there(tmp_path: Path, name: str, says: str, fix: s
     with pytest.raises(SiliconError) as caught:
         read_profile(name, kind="preset")
     assert caught.value.what == says and caught.value.fix == fix and caught.value.kind == "missing_input"
+
+
+def test_profiles_in_the_home_are_found_by_name_and_are_no_presets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SILICON_HOME", str(tmp_path))
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "apple-m4-0123.toml").write_text("[machine]\nmicro_batch = 4")
+    assert read_profile("apple-m4-0123") == Layer("profile apple-m4-0123", {"machine.micro_batch": 4})
+    with pytest.raises(SiliconError, match="no profile named") as caught:
+        read_profile("gigantic")
+    assert caught.value.fix == "There are: apple-m4-0123, large, medium, small, tiny."
+    with pytest.raises(SiliconError, match="no preset named apple-m4-0123") as caught:
+        read_profile("apple-m4-0123", kind="preset")
+    assert caught.value.fix == "There are: large, medium, small, tiny."
+
+
+def test_profiles_beside_an_installed_package_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("siliconlm/profiles", "profiles"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(configs, "__file__", str(tmp_path / "siliconlm" / "config.py"))
+    assert configs.profile_folders() == [tmp_path / "siliconlm" / "profiles"]
+    (tmp_path / "pyproject.toml").touch()
+    assert configs.profile_folders() == [tmp_path / "siliconlm" / "profiles", tmp_path / "profiles"]
 
 
 def test_a_profile_with_settings_outside_a_table_is_refused(tmp_path: Path) -> None:

@@ -204,20 +204,20 @@ def train(
         render.dry_run(engine.forecast(request), json_out)
         return
     with Signals() as signals:
-        render.training(engine.train(request, name, signals.reason), json_out, signals)
-    raise typer.Exit(signals.exit_code)
+        done = render.training(engine.train(request, name, signals.reason), json_out, signals)
+    raise typer.Exit(0 if done else signals.exit_code)
 
 
 @app.command(epilog="Example: silicon resume first")
-def resume(run: options.Run = None, json_out: options.Json = False) -> None:
+def resume(run: options.Run = None, device: options.Device = None, json_out: options.Json = False) -> None:
     """Go on exactly where a stopped run was saved."""
     from siliconlm import engine
     from siliconlm.cli import render
     from siliconlm.cli.signals import Signals
 
     with Signals() as signals:
-        render.training(engine.resume(run, signals.reason), json_out, signals)
-    raise typer.Exit(signals.exit_code)
+        done = render.training(engine.resume(run, signals.reason, device), json_out, signals)
+    raise typer.Exit(0 if done else signals.exit_code)
 
 
 @app.command(epilog="Example: silicon sample 'To be or not' --max-tokens 200 --temperature 0.7")

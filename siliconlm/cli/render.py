@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console, Group
@@ -259,33 +262,81 @@ def describe(started: ev.Started) -> str:
     )
 
 
-def training(events: Iterable[ev.Event], json_out: bool, signals: Signals) -> None:
-    """The live view of a run; `signals` become polite once there is something to save."""
-    view = TrainingView()
-    live = err.is_terminal and not json_out
-    with Live(view, console=err, refresh_per_second=4, transient=True, redirect_stdout=False) if live else nothing():
+def training(events: Iterable[ev.Event], json_out: bool, signals: Signals) -> bool:
+    """Show a run; returns whether it was trained to the end. `signals` become polite once there is something to save.
+
+    A terminal or reader that goes away stops the run, saved, as a signal would; it never ends it unsaved.
+    """
+    view = TrainingView(json_out)
+    shown: Callable[[ev.Event], None] = view.take
+    try:
         for event in events:
-            if isinstance(event, ev.Started):
-                signals.polite = True
-            if json_out:
-                as_json(event.as_json())
-            else:
-                view.take(event)
-    if not json_out and view.finished:
-        finish(view.finished)
+            signals.polite |= isinstance(event, ev.Started)
+            try:
+                shown(event)
+            except OSError:
+                signals.stop(signal.SIGPIPE)
+                nobody_reads()
+                shown = view.note
+    finally:
+        view.close()
+    return view.finished is not None and view.finished.reason == "done"
+
+
+def nobody_reads() -> None:
+    """Let everything that is still written go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
 
 
 class TrainingView:
     """Two lines that fit in 80 columns: a bar with the time left, and the figures."""
 
-    def __init__(self) -> None:
+    def __init__(self, json_out: bool) -> None:
+        self.json_out = json_out
         self.progress: ev.Progress | None = None
         self.evaluated: ev.Evaluated | None = None
         self.finished: ev.Finished | None = None
+        self.working: ev.Working | None = None
         self.smooth: float | None = None
-        self.told = 0
+        self.live: Live | None = None
 
     def take(self, event: ev.Event) -> None:
+        """Show an event: as a line of JSON, or as lines above the live ones."""
+        self.note(event)
+        if self.json_out:
+            as_json(event.as_json())
+            return
+        if self.live is None and err.is_terminal:
+            self.live = Live(self, console=err, refresh_per_second=4, transient=True, redirect_stdout=False)
+            self.live.start()
+        if isinstance(event, ev.Finished):
+            self.close()
+            finish(event)
+        else:
+            self.tell(event)
+
+    def close(self) -> None:
+        """Give the screen back."""
+        if self.live:
+            with suppress(OSError):
+                self.live.stop()
+            self.live = None
+
+    def note(self, event: ev.Event) -> None:
+        """Remember what the live lines show."""
+        self.working = event if isinstance(event, ev.Working) else None
+        if isinstance(event, ev.Step):
+            self.smooth = event.loss if self.smooth is None else 0.9 * self.smooth + 0.1 * event.loss
+        elif isinstance(event, ev.Progress):
+            self.progress = event
+        elif isinstance(event, ev.Evaluated):
+            self.evaluated = event
+        elif isinstance(event, ev.Finished):
+            self.finished = event
+
+    def tell(self, event: ev.Event) -> None:
         if isinstance(event, ev.Notice):
             notice(event)
         elif isinstance(event, ev.Chosen):
@@ -298,19 +349,12 @@ class TrainingView:
             err.print(Text(f"run {event.run}: {event.path}", style="dim"))
         elif isinstance(event, ev.Resumed):
             err.print(f"resumed from step {event.step:,}")
-        elif isinstance(event, ev.Step):
-            self.smooth = event.loss if self.smooth is None else 0.9 * self.smooth + 0.1 * event.loss
-        elif isinstance(event, ev.Progress):
-            self.progress = event
         elif isinstance(event, ev.Evaluated):
-            self.evaluated = event
             whole = "  on the whole validation split" if event.complete else ""
             loss = f"{self.smooth:.4f}" if self.smooth is not None else "-"
             err.print(f"step {event.step:>6,}  loss {loss}  val_loss {event.val_loss:.4f}{whole}")
         elif isinstance(event, ev.Saved):
             err.print(Text(f"saved step {event.step:,} ({size(event.bytes)})", style="dim"))
-        elif isinstance(event, ev.Finished):
-            self.finished = event
 
     def __rich__(self) -> Group:
         now = self.progress
@@ -324,6 +368,8 @@ class TrainingView:
         )
         loss = self.smooth if self.smooth is not None else now.loss
         val = f"  val {self.evaluated.val_loss:.4f}" if self.evaluated else ""
+        if self.working and self.working.total:
+            return Group(first, Text(f"evaluating: {self.working.done / self.working.total:.0%}"))
         return Group(first, Text(f"loss {loss:.4f}{val}  {number(now.tokens_per_s)} tokens/s  {size(now.memory)}"))
 
 

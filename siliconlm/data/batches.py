@@ -64,10 +64,9 @@ class Batches:
 
 def _too_long(context: int, shard: Shard) -> SiliconError:
     longest = shard.count - 1
-    if longest >= 8:
-        longest -= longest % 8
+    fits = 1 << (longest.bit_length() - 1) if longest >= 2 else 0  # the presets' steps divide by powers of two
     what = f"context {context} is longer than the training data ({shard.count} tokens)"
-    fix = f"Type --set model.context={longest}, or give more text" if longest > 0 else "Give more text."
+    fix = f"Type --set model.context={fits}, or give more text." if fits else "Give more text."
     return SiliconError(what, where=str(shard.path), fix=fix)
 
 

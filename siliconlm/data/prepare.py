@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -20,6 +22,7 @@ import numpy as np
 
 from siliconlm import __version__
 from siliconlm.data import builtin
+from siliconlm.data.remake import remake_command
 from siliconlm.data.shards import Shard, ShardWriter, dtype_for
 from siliconlm.data.sources import BUILTIN_SEED, Document, Source, builtin_pieces, open_sources
 from siliconlm.data.tokenizer import (
@@ -33,10 +36,10 @@ from siliconlm.data.tokenizer import (
 )
 from siliconlm.errors import SiliconError, nearest
 from siliconlm.events import Event, Notice, Prepared, Working
-from siliconlm.files import home, staged_folder, write_file
+from siliconlm.files import home, staged_folder, sweep, write_file
 
 FORMAT = 1
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")  # a run's name, shorter so that DATA-PRESET is one too
 SHORTEST_TEXT = 200
 LEARN_FROM = 100_000_000  # the most bytes of text a BPE vocabulary is learned from
 DISTINCT = 4_000_000  # the most bytes of different words: the trainer takes about a hundred times as much memory
@@ -95,19 +98,45 @@ def prepare(
     _check_arguments(name, val_fraction)
     given = _given_tokenizer(tokenizer)
     target = (folder or data_folder()) / name
-    text = _Text((yield from open_sources(sources)))
-    yield from _scan(text, alphabet=tokenizer == "char")
-    text.n_train = int(text.characters * (1 - Fraction(str(val_fraction))))
-    _check_length(text)
-    recipe = _recipe(text, tokenizer, given, vocab_size, val_fraction)
-    if target.exists() and not force:
-        yield _reused(target, recipe)
-        return
-    made = given or (yield from _make_tokenizer(text, tokenizer, vocab_size))
-    yield from _warn(text, made)
-    with staged_folder(target, replace=force) as stage:
-        card = yield from _write(stage, name, text, made, recipe)
+    to_make = force or not target.exists()
+    with _alone(target) if to_make else nullcontext():  # many may use a dataset again at once
+        text = _Text((yield from open_sources(sources)))
+        yield from _scan(text, alphabet=tokenizer == "char")
+        text.n_train = int(text.characters * (1 - Fraction(str(val_fraction))))
+        _check_length(text)
+        recipe = _recipe(text, tokenizer, given, vocab_size, val_fraction)
+        if not to_make or (target.exists() and not force):  # the latter: made just before the lock
+            yield _reused(target, recipe)
+            return
+        made = given or (yield from _make_tokenizer(text, tokenizer, vocab_size))
+        yield from _warn(text, made)
+        sweep(target.parent, name)
+        with staged_folder(target, replace=force) as stage:
+            card = yield from _write(stage, name, text, made, recipe)
     yield Prepared(name, str(target), card)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Hold a dataset's name for making it. The lock dies with the process; its file goes when the block ends."""
+    import fcntl
+
+    path = target.with_name(f".lock-{target.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        except (BlockingIOError, FileNotFoundError):
+            same = False
+        if not same:  # locked by another, or it ended and removed the file between our open and our lock
+            what = f"dataset {target.name} is being prepared by another process"
+            fix = "Wait for it, or choose another --name."
+            raise SiliconError(what, where=str(target), fix=fix, kind="run_in_use")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def data_folder() -> Path:
@@ -120,7 +149,7 @@ def data_folder() -> Path:
 
 def _check_arguments(name: str, val_fraction: float) -> None:
     if not NAME.fullmatch(name):
-        fix = "Use letters, digits, dots, dashes and underscores, for example: --name my-text"
+        fix = "Use at most 80 letters, digits, '.', '_' and '-', a letter or digit first: --name my-text"
         raise SiliconError(f"{name!r} cannot be the name of a dataset", where="--name", fix=fix)
     if not 0 < val_fraction < 1:
         fix = "Type --val-fraction 0.1"
@@ -500,5 +529,5 @@ def _open_shard(folder: Path, split: str, card: dict[str, Any], tokenizer: Token
 
 
 def _corrupt(path: Path, why: str) -> SiliconError:
-    fix = f"Make it again: silicon prepare ... --name {path.parent.name} --force"
+    fix = f"Make it again: {remake_command(path.parent)}"
     return SiliconError(f"damaged dataset: {why}", where=str(path), fix=fix, kind="bad_data")

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from siliconlm.data.remake import remake_command
 from siliconlm.errors import SiliconError
 from siliconlm.files import sha256, sync
 
@@ -181,5 +182,5 @@ def _check_size(path: Path, size: int, facts: dict[str, Any]) -> None:
 
 
 def _broken(path: Path, why: str, kind: str = "bad_data") -> NoReturn:
-    fix = f"Make the dataset again: silicon prepare ... --name {path.resolve().parent.name} --force"
+    fix = f"Make the dataset again: {remake_command(path.parent)}"
     raise SiliconError(f"damaged token file: {why}", where=str(path), fix=fix, kind=kind)

@@ -101,11 +101,6 @@ class Tokenizer:
         lost = {char for char, ids in zip(whole, self.encode_batch(whole), strict=True) if char not in self.decode(ids)}
         return [character for character in characters if character in lost or character not in whole]
 
-    def id_of(self, token: str) -> int | None:
-        """The id of a token by its name, for example `<|im_end|>`."""
-        found = self.inner.token_to_id(token)
-        return None if found is None else int(found)
-
     def bytes_of(self, id: int) -> bytes:
         """The bytes a token of a byte-level tokenizer stands for; none for special tokens and unknown ids."""
         token = None if id in self.special_ids else self.inner.id_to_token(id)

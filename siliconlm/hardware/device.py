@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # Threads of GNU OpenMP that wait spin for milliseconds by default; where another program takes a core, that made a
@@ -26,7 +27,7 @@ from siliconlm.config import MachineConfig, ModelConfig
 from siliconlm.errors import SiliconError
 from siliconlm.events import Chosen
 from siliconlm.hardware.doctor import MATMUL_CAP, TorchFacts, matmul_is_capped
-from siliconlm.hardware.facts import chip, usable_cores
+from siliconlm.hardware.facts import chip, memory, parse_peak_resident, read, usable_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST_TENSOR = 1 << 32  # bytes; a bigger one can abort the whole process on an Apple GPU (pytorch#149325)
@@ -88,12 +89,15 @@ class Device:
         return peak_resident()
 
     def memory_budget(self) -> int:
-        """Bytes a run may use: 0.9 of what the device recommends or has free, 0.8 of the memory free on a CPU."""
+        """Bytes a run may use: 0.9 of what the device recommends or has free, 0.8 of the memory free on a CPU.
+
+        In a container free is what the container has left, for beyond that the process is killed.
+        """
         if self.kind == "cuda":
             return int(0.9 * torch.cuda.mem_get_info()[0])
         if self.kind == "mps":
             return int(0.9 * torch.mps.recommended_max_memory())
-        return int(0.8 * (psutil.virtual_memory().available + psutil.Process().memory_info().rss))
+        return int(0.8 * (memory(sys.platform == "darwin")[1] + psutil.Process().memory_info().rss))
 
     def cap_memory(self, fraction: float) -> None:
         """Make allocations beyond `fraction` of the recommended memory fail instead of swapping.
@@ -210,8 +214,18 @@ def torch_facts() -> TorchFacts:
         mps_built=torch.backends.mps.is_built(),
         mps_available=mps,
         cuda_devices=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
-        recommended_memory=torch.mps.recommended_max_memory() if mps else None,
+        recommended_memory=_recommended_memory() if mps else None,
     )
+
+
+def _recommended_memory() -> int | None:
+    """What Metal recommends; None where torch refuses its own settings: that comes at the first use of the GPU."""
+    try:
+        return torch.mps.recommended_max_memory()
+    except RuntimeError as error:
+        if not is_bad_watermark(error):
+            raise
+        return None
 
 
 def processor_name(kind: str) -> str:
@@ -239,13 +253,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
 
 
+def is_bad_watermark(error: BaseException) -> bool:
+    """Whether torch refuses the PYTORCH_MPS_..._WATERMARK_RATIO variables, as in "invalid low watermark ratio 1.4"."""
+    return isinstance(error, RuntimeError) and "watermark ratio" in str(error)
+
+
 def plain_words(error: BaseException) -> str:
     """An error's first line, without torch's advice to lift the memory limit, which can bring a Mac down."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(" Use PYTORCH_")[0]
 
 
 def peak_resident() -> int:
-    """Bytes of this process's largest resident set so far."""
+    """Bytes of this process's largest resident set so far.
+
+    Linux hands `ru_maxrss` down through fork and exec, so a child's would be at least its parent's; VmHWM is its own.
+    """
+    if peak := parse_peak_resident(read(Path("/proc/self/status"))):
+        return peak
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource

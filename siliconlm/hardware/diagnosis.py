@@ -13,7 +13,10 @@ from siliconlm.hardware.facts import Facts, gather
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """`choices` are the device and dtype a run would take, with the reasons; none where torch is missing."""
+    """`choices` are the device and dtype a run would take, with the reasons.
+
+    There are none where torch is missing, or where it refuses the device for what a failed check tells.
+    """
 
     facts: Facts
     torch: TorchFacts
@@ -32,10 +35,17 @@ def diagnose(wanted: str | None = None) -> Diagnosis:
     """Look at the machine. `wanted` is a device by name; SiliconError when it is not there."""
     facts = gather()
     try:
-        from siliconlm.hardware.device import open_device, torch_facts
+        from siliconlm.hardware.device import is_bad_watermark, open_device, torch_facts
     except (ImportError, OSError) as error:  # torch missing, or its libraries are for another processor
         torch = TorchFacts(None, False, False, (), None, str(error))
         return Diagnosis(facts, torch, examine(facts, torch), [])
     torch = torch_facts()
     machine = resolve(Layer("--device", {"machine.device": wanted})).machine
-    return Diagnosis(facts, torch, examine(facts, torch), open_device(machine).choices)
+    checks = examine(facts, torch)
+    try:
+        choices = open_device(machine).choices
+    except RuntimeError as error:
+        if not is_bad_watermark(error) or all(check.status != "fail" for check in checks):
+            raise
+        choices = []  # a traceback would hide the remedy that the check holds
+    return Diagnosis(facts, torch, checks, choices)

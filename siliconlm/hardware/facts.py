@@ -449,6 +449,12 @@ def parse_inactive_file(text: str | None) -> int | None:
     return parse_count(found.get("total_inactive_file", found.get("inactive_file")))
 
 
+def parse_peak_resident(text: str | None) -> int | None:
+    """Bytes of the largest resident set out of Linux's /proc/PID/status; some sandboxes leave the line out."""
+    found = re.search(r"^VmHWM:[ \t]*([0-9]{1,15}) kB$", text or "", re.MULTILINE)
+    return int(found[1]) << 10 if found else None
+
+
 def parse_cpu_max(text: str | None) -> int | None:
     """Cores' worth of a v2 group's `quota period` in microseconds, rounded up; None for `max`."""
     found = re.fullmatch(r"\s*([0-9]{1,15})\s+([1-9][0-9]{0,14})\s*", text or "")

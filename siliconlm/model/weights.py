@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import struct
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +40,22 @@ LONGEST_NAME = 200
 
 def write_bytes(path: Path, *pieces: bytes | memoryview) -> dict[str, Any]:
     """A new file, synced to disk; returns its size and SHA-256 for the manifest."""
-    digest, size = hashlib.sha256(), 0
+    return write_pieces(path, pieces)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """`write_bytes` of pieces that are made as they are asked for: of these only one is held at a time."""
+    digest = hashlib.sha256()
     with open(path, "xb") as file:
-        for piece in pieces:
+
+        def put(piece: bytes | memoryview) -> int:
             for start in range(0, len(piece), PIECE):
                 part = piece[start : start + PIECE]
                 file.write(part)
                 digest.update(part)
-                size += len(part)
+            return len(piece)
+
+        size = sum(map(put, pieces))  # a loop's variable would keep a piece until the next one is made
         file.flush()
         sync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
@@ -64,7 +75,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return write_bytes(path, struct.pack("<Q", len(text)), text, *(_raw(tensor) for tensor in tensors.values()))
+    head = [memoryview(struct.pack("<Q", len(text))), memoryview(text)]
+    return write_pieces(path, chain(head, map(_raw, tensors.values())))
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -81,7 +93,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     def bad(why: str) -> SiliconError:
         return SiliconError(f"damaged file: {why}", where=str(path), kind="bad_data")
 
-    data = bytearray(path.read_bytes())
+    data = _content(path)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise bad("its SHA-256 is not the one recorded")
     size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
@@ -108,6 +120,14 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     if expected != len(body):
         raise bad("bytes are left over behind the last tensor")
     return {name: tensors[name] for name in entries}
+
+
+def _content(path: Path) -> bytearray:
+    """A whole file, read into its place: `bytearray(path.read_bytes())` would hold it twice."""
+    with open(path, "rb") as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        del data[file.readinto(data) :]  # in case it has become shorter since
+    return data
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -137,6 +137,19 @@ class RunFolder:
             sweep(self.path / "checkpoints")
             yield
 
+    def in_use(self) -> bool:
+        """Whether a process holds the run for writing now."""
+        import fcntl
+
+        if not (self.path / ".lock").is_file():
+            return False
+        with open(self.path / ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def log(self, event: Event) -> None:
         """Append one event with the time of day."""
         with open(self.log_path, "a", encoding="utf-8") as file:
@@ -300,7 +313,7 @@ def _numbered(stem: str) -> Iterator[str]:
 
 def all_runs() -> list[RunFolder]:
     """Runs at home, the most recently written first."""
-    folders = [path for path in runs_folder().glob("*") if (path / "run.toml").is_file()]
+    folders = [path for path in runs_folder().glob("[!.]*") if (path / "run.toml").is_file()]
     return [RunFolder(path) for path in sorted(folders, key=_last_written, reverse=True)]
 
 

@@ -78,21 +78,20 @@ def to_device(sequences: Tokens, device: Device) -> tuple[Tensor, Tensor]:
 
 def update(state: TrainState, lr: float) -> Tensor:
     """Clip, step the optimisers at `lr` times their peak rates, clear the gradients; returns the gradient norm."""
-    train = state.config.train
+    train, scaler = state.config.train, state.scaler
     optim.set_lr(state.optimisers, lr)
-    for optimiser in state.optimisers if state.scaler else []:
-        state.scaler.unscale_(optimiser)  # type: ignore[union-attr]
+    for optimiser in state.optimisers if scaler else []:
+        scaler.unscale_(optimiser)  # type: ignore[union-attr]
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.grad_clip or math.inf)
-    for optimiser in state.optimisers:
-        if state.scaler:
-            state.scaler.step(optimiser)
-        else:
+    # float16 overflows now and then. Clipping spreads that to every gradient, so no optimiser may step.
+    if scaler is None or bool(torch.isfinite(norm)):
+        for optimiser in state.optimisers:
             optimiser.step()
-    if state.scaler:
-        state.scaler.update()
+        if state.ema:
+            state.average()
+    if scaler:
+        scaler.update()
     state.model.zero_grad(set_to_none=True)
-    if state.ema:
-        state.average()
     return norm
 
 
@@ -118,20 +117,21 @@ def evaluate(
     tokens = text_tokens = done = 0
     was_training = model.training
     model.eval()
-    for inputs, targets in evaluation_windows(dataset.val, context, batch, wanted):
-        with torch.no_grad(), device.autocast():
-            losses = model.losses(*(torch.from_numpy(array).to(device.torch_device) for array in (inputs, targets)))
-        scored = losses.cpu().numpy().astype(np.float64)
-        is_text = (targets != IGNORED) & ~np.isin(targets, specials)
-        nats, tokens = nats + scored.sum(), tokens + int((targets != IGNORED).sum())
-        text_nats, text_tokens = text_nats + scored[is_text].sum(), text_tokens + int(is_text.sum())
-        done = min(wanted, done + len(inputs))
-        yield Working("evaluate", done * context, wanted * context, "tokens")
-    model.train(was_training)
+    try:
+        for inputs, targets in evaluation_windows(dataset.val, context, batch, wanted):
+            with torch.no_grad(), device.autocast():
+                losses = model.losses(*(torch.from_numpy(array).to(device.torch_device) for array in (inputs, targets)))
+            scored = losses.cpu().numpy().astype(np.float64)
+            is_text = (targets != IGNORED) & ~np.isin(targets, specials)
+            nats, tokens = nats + scored.sum(), tokens + int((targets != IGNORED).sum())
+            text_nats, text_tokens = text_nats + scored[is_text].sum(), text_tokens + int(is_text.sum())
+            done = min(wanted, done + len(inputs))
+            yield Working("evaluate", done * context, wanted * context, "tokens")
+    finally:
+        model.train(was_training)
     split = dataset.card["splits"]["val"]
-    text_bytes = (
-        dataset.val_bytes * text_tokens / (split["tokens"] - split["documents"])
-    )  # each begins with an end token
+    # Each document begins with an end-of-text token, which is no text.
+    text_bytes = dataset.val_bytes * text_tokens / (split["tokens"] - split["documents"])
     bpb = text_nats / math.log(2) / max(1.0, text_bytes)
     return Evaluated(step, nats / tokens, bpb, tokens, wanted == windows, round(time.perf_counter() - start, 3))
 
@@ -174,7 +174,9 @@ class Loop:
     batches: Batches
     dataset: Dataset
     save: Callable[[], Saved]
+    stop: Callable[[], str | None]
     clock: Clock
+    saved_step: int
     pending: list[tuple[int, int, float, Tensor, Tensor]] = field(default_factory=list)
     step_seconds: float = 0.0
 
@@ -236,18 +238,40 @@ class Loop:
         memory = self.state.device.peak_memory()
         yield Progress(self.state.step, self.state.tokens, values[-1][0], tokens / seconds, memory, done, used, left)
 
-    def evaluate(self, limit: int | None) -> Iterator[Event]:
+    def compare(self) -> Generator[Event, None, Evaluated]:
+        """Evaluate on the windows that all evaluations of a run share: what its checkpoints are compared by."""
         yield from self.flush()
+        result = result_of(self._evaluation(self.subset()))
+        self.state.val_loss = self._checked(result).val_loss
+        yield result
+        return result
+
+    def conclude(self) -> Generator[Event, None, Evaluated | None]:
+        """The last evaluation, on as many windows as the budget allows; None where a stop was asked for meanwhile."""
+        work = self._evaluation(self.final_windows())
+        while True:
+            try:
+                event = next(work)
+            except StopIteration as end:
+                return self._checked(end.value)
+            if self.stop():
+                work.close()
+                return None
+            yield event
+
+    def _evaluation(self, limit: int | None) -> Generator[Event, None, Evaluated]:
         batch = evaluation_batch(self.config.model.context, self.config.machine.micro_batch)
         with self.state.averaged():
             work = evaluate(self.state.model, self.dataset, self.state.device, batch, self.state.step, limit)
-            result = result_of(work)
-        if not math.isfinite(result.val_loss):
-            raise _diverged(f"the validation loss is not finite after step {self.state.step}")
-        self.state.val_loss = result.val_loss
+            result = yield from work
         self.clock.eval_rate = result.tokens / result.seconds
         self.clock.flushed = time.perf_counter()
-        yield result
+        return result
+
+    def _checked(self, result: Evaluated) -> Evaluated:
+        if not math.isfinite(result.val_loss):
+            raise _diverged(f"the validation loss is not finite after step {self.state.step}")
+        return result
 
     def checkpoint(self, last: bool = False) -> Iterator[Event]:
         """Save. The last one uses up a time budget, of which the end may have left a moment."""
@@ -258,6 +282,7 @@ class Loop:
         saved = self.save()
         self.clock.save_seconds = saved.seconds
         self.clock.saved = self.clock.flushed = time.perf_counter()
+        self.saved_step = self.state.step
         yield saved
 
     def subset(self) -> int:
@@ -295,7 +320,7 @@ class Loop:
 
 
 def _diverged(what: str) -> SiliconError:
-    fix = "Lower the learning rate (--set optim.lr=... optim.matrix_lr=...); checkpoints are whole."
+    fix = "Lower the learning rate (--set optim.lr=... --set optim.matrix_lr=...); checkpoints are whole."
     return SiliconError(what, fix=fix, kind="training_failed")
 
 
@@ -316,37 +341,40 @@ def fit(
     save: Callable[[], Saved],
     stop: Callable[[], str | None],
 ) -> Iterator[Event]:
-    """Train until the budget is used or `stop()` gives the name of a reason; asked once a step.
+    """Train until the budget is used or `stop()` gives the name of a reason; asked after each step.
 
     Yields a Step for every optimiser step, Progress about twice a second, Evaluated and Saved when due, and ends with
-    Finished. `run` is the name and folder for that last record. Every checkpoint but one made on `stop` is evaluated
-    first, so that the best can be known.
+    Finished. `run` is the name and folder for that last record. What is due at a step is done before a stop, so that
+    a run cut in two evaluates and saves where a straight one does. The last checkpoint is committed before the last
+    evaluation, which may take long.
     """
     clock = Clock(Budget.of(state.config.train), state.seconds, tokens_flushed=state.tokens)
     clock.save_seconds = state.bytes_to_save() / SAVE_SPEED
-    loop = Loop(state, batches, dataset, save, clock)
-    first_step, reason, result = state.step, "done", None
-    while (before := loop.done()) < 1:
+    loop = Loop(state, batches, dataset, save, stop, clock, state.step)
+    stopped: str | None = None
+    result: Evaluated | None = None
+    while not stopped and (before := loop.done()) < 1:
         loop.step()
-        if stopped := stop():
-            reason = stopped
-            break
         after = loop.done()
         if time.perf_counter() - clock.flushed > FLUSH_SECONDS:
             yield from loop.flush()
         if after < 1 and loop.evaluation_due(before, after):
-            yield from loop.evaluate(loop.subset())
+            yield from loop.compare()
         if after < 1 and loop.save_due():
             if state.val_loss is None:
-                yield from loop.evaluate(loop.subset())
+                yield from loop.compare()
             yield from loop.checkpoint()
+        stopped = stop()
     yield from loop.flush()
-    if reason == "done":
-        for event in loop.evaluate(loop.final_windows()):
-            result = event if isinstance(event, Evaluated) else result
-            yield event
-    if state.step > first_step:
-        yield from loop.checkpoint(last=reason == "done")
+    if loop.saved_step != state.step:
+        if not stopped:
+            result = yield from loop.compare()
+        yield from loop.checkpoint(last=not stopped)
+    if not (stopped or (result and result.complete)):
+        result = yield from loop.conclude()
+        if result:
+            yield result
+    reason = stopped or ("done" if result else stop() or "stopped")
     yield Finished(
         *run,
         state.step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from siliconlm.config import TrainConfig
+from siliconlm.errors import SiliconError
 
 
 def lr_scale(train: TrainConfig, done: float) -> float:
@@ -42,7 +43,9 @@ class Budget:
             return cls(None, train.time)
         if train.tokens is not None:
             return cls(max(1, -(-train.tokens // train.tokens_per_step)), None)
-        return cls(train.steps or 1000, None)
+        if train.steps is not None:
+            return cls(train.steps, None)
+        raise SiliconError("no budget: nothing says how long to train", fix="Give --steps, --tokens or --time.")
 
     def done(self, step: int, seconds: float, reserve: float = 0.0) -> float:
         """The share used after `step` steps or `seconds` of wall time."""

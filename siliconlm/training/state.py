@@ -109,12 +109,7 @@ class TrainState:
         """Take the state of a checkpoint exactly. SiliconError when the data is not the same as when it was saved."""
         counters: dict[str, Any] = checkpoint.state()
         if counters["data"] != fingerprint:
-            raise SiliconError(
-                "the dataset is not the one this run was trained on",
-                where=str(checkpoint.path),
-                fix="Prepare the same text again with the same settings, or start a new run.",
-                kind="bad_data",
-            )
+            raise other_data(str(checkpoint.path))
         weights = "train.safetensors" if checkpoint.has("train.safetensors") else "model.safetensors"
         load_weights(self.model, checkpoint.tensors(weights), str(checkpoint.path / weights))
         if self.ema:
@@ -129,3 +124,8 @@ class TrainState:
             self.scaler.load_state_dict(counters["scaler"])
         self.step, self.tokens, self.seconds = counters["step"], counters["tokens"], counters["seconds"]
         self.val_loss = counters["val_loss"]
+
+
+def other_data(where: str) -> SiliconError:
+    fix = "Prepare the same text again with the same settings, or start a new run."
+    return SiliconError("the dataset is not the one this run was trained on", where=where, fix=fix, kind="bad_data")

@@ -1,4 +1,4 @@
-"""The child process of a probe: one setting, real training steps, JSON lines. Run as `python -m`.
+"""The child process of a probe: one setting, real training steps, JSON lines. Run as `python -P -m`.
 
 Reads {"config": tables, "fraction": F, "seconds": S} on stdin. Writes {"memory", "step_seconds", "canary"} after the
 first step, still cold, and again measured warm; or {"error", "out_of_memory"}. The last line of stdout counts. Dies

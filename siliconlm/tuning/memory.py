@@ -2,18 +2,29 @@
 
 Operators on fake tensors compute shapes only, so a model of any size takes seconds and no memory. A ledger below
 autograd counts the storages that live (after PyTorch's own MemTracker, torch/distributed/_tools/mem_tracker.py).
+
+On a CPU the process needs more than its tensors: glibc's malloc keeps what was freed, and the small objects of the
+autograd graph lie between the freed pieces, so that they cannot be joined (measured: 1.2 to 2.3 times the tensors).
+There the dry run asks the real malloc for every tensor, in a fresh process, and never touches what it gets.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
@@ -22,9 +33,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from siliconlm.config import RunConfig
+from siliconlm.config import Layer, RunConfig, flatten, resolve
 from siliconlm.data.shards import Tokens
-from siliconlm.hardware.device import LARGEST_TENSOR, Device, wrong_long_matmuls
+from siliconlm.errors import SiliconError
+from siliconlm.hardware.device import LARGEST_TENSOR, Device, open_device, wrong_long_matmuls
 from siliconlm.model.decoder import Decoder
 from siliconlm.training import optim
 from siliconlm.training.loop import accumulate, evaluation_batch, to_device, update
@@ -32,8 +44,8 @@ from siliconlm.training.state import TrainState
 
 aten = torch.ops.aten
 
+CHILD = (sys.executable, "-m", "siliconlm.tuning.memory")
 BLOCK = 256  # bytes: allocators give whole blocks
-STEPS = 2  # the first makes the optimisers' state, the second finds it in place
 LONGEST_SUM, NARROWEST = 32_767, 16  # matmuls this long, and this wide on both sides, are wrong on M1/M2
 MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 # Made of others, with large results in between; every other operator of a step is one kernel, a view or a copy.
@@ -44,8 +56,9 @@ COMPOSITE = (aten._safe_softmax.default,)
 class Forecast:
     """Bytes of live tensors at the peak of training, and what they are; the four parts add up to `peak`.
 
-    Not in it: what kernels allocate for themselves, what an allocator holds beyond what it was asked for, and the
-    process itself. `resident` adds these for a CPU.
+    `peak` compares with torch's allocated bytes on a GPU. It leaves out what kernels allocate for themselves and what
+    the allocator holds beyond what it was asked for. On a CPU `resident` compares with the process's peak resident
+    memory; it is 0 where it was not asked for.
     """
 
     peak: int
@@ -54,42 +67,87 @@ class Forecast:
     optimizer_state: int
     activations: int  # all else: what the backward pass waits for, and what is gone an operator later
     hazards: list[str] = field(default_factory=list)
+    resident: int = 0
+    base: int = 0  # of `resident`: the interpreter, torch and its libraries after a step of next to no model
 
 
 def forecast(config: RunConfig, device: Device) -> Forecast:
     """Two optimiser steps and one batch of evaluation of a resolved config, without data: peak memory and hazards.
 
-    At most two micro-batches are run, as any more need what the second needs. Takes a few milliseconds an operator
-    of the model, whatever its width, and no memory.
+    At most two micro-batches are run, as more need what the second needs. The time goes with the number of layers,
+    not with their size, and no memory is used.
     """
-    assert config.machine.micro_batch is not None and config.model.vocab_size
-    with _dry(config, device) as (stand_in, ledger):
-        state = _state(config, stand_in, ledger)
-        sequences = _sequences(config, min(2, config.sequences_per_step // config.machine.micro_batch))
-        for _ in range(STEPS):
-            accumulate(state, sequences)
-            update(state, 1.0)
-            ledger.label("optimizer_state", _optimizer_state(state))
-        _evaluate(state)
-    parts = ledger.parts
-    return Forecast(
-        ledger.peak,
-        parts["weights"],
-        parts["gradients"],
-        parts["optimizer_state"],
-        parts["activations"],
-        list(ledger.hazards),
+    return _forecast(config, device, None)
+
+
+def forecast_process(config: RunConfig, device: Device, seconds: float = 60.0) -> Forecast:
+    """`forecast` in a fresh process, and with it on a CPU the peak resident memory of a process that trains so.
+
+    SiliconError where the process fails or takes longer than `seconds`.
+    """
+    tables = config.model_dump(exclude_none=True)
+    tables["machine"] |= {"device": device.kind, "dtype": device.dtype_name, "threads": device.threads}
+    try:
+        done = subprocess.run(CHILD, input=json.dumps(tables).encode(), capture_output=True, timeout=seconds)
+        return Forecast(**json.loads(done.stdout))
+    except subprocess.TimeoutExpired:
+        raise SiliconError(f"the memory forecast took longer than {seconds:.0f} s") from None
+    except ValueError:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        raise SiliconError(f"the memory forecast ended with code {done.returncode}: {last[0]}") from None
+
+
+def main() -> None:
+    """The fresh process: settings on stdin, a Forecast on stdout, both as JSON."""
+    config = resolve(Layer("forecast", flatten(json.load(sys.stdin), "forecast")))
+    device = open_device(config.machine)
+    if device.resident:
+        base = _base(config, device)
+        malloc = Malloc.of_glibc()
+        found = _forecast(config, device, malloc)
+        found = replace(found, base=base, resident=base + (malloc.peak if malloc else found.peak))
+    else:
+        found = forecast(config, device)
+    sys.stdout.write(json.dumps(asdict(found)))
+
+
+def _base(config: RunConfig, device: Device) -> int:
+    """Resident bytes of this process after one real step of the smallest model of this kind."""
+    shape = {"n_layer": 1, "n_embd": 8, "n_head": 1, "n_kv_head": 1, "head_dim": 2, "n_ff": 8, "context": 8}
+    small = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={**shape, "vocab_size": 64}),
+            "machine": config.machine.model_copy(update={"micro_batch": 1}),
+        }
     )
+    state = TrainState.new(small, device)
+    accumulate(state, _sequences(small, 1))
+    update(state, 0.0)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _forecast(config: RunConfig, device: Device, malloc: Malloc | None) -> Forecast:
+    micro = config.machine.micro_batch
+    assert micro is not None and config.model.vocab_size
+    with _dry(config, device, malloc) as (stand_in, ledger):
+        state = _state(config, stand_in, ledger)
+        for micro_batches in (1, min(2, config.sequences_per_step // micro)):
+            accumulate(state, _sequences(config, micro_batches))
+            update(state, 1.0)
+            ledger.label("optimizer_state", _optimizer_state(state))  # AdamW's is made by its first step
+        _evaluate(state)
+    parts = {name: ledger.parts[name] for name in ("weights", "gradients", "optimizer_state", "activations")}
+    return Forecast(ledger.peak, **parts, hazards=list(ledger.hazards))
 
 
 @contextmanager
-def _dry(config: RunConfig, device: Device) -> Iterator[tuple[Device, Ledger]]:
+def _dry(config: RunConfig, device: Device, malloc: Malloc | None) -> Iterator[tuple[Device, Ledger]]:
     """Fake tensors, attention as the device trains it, and a ledger of them."""
     faulty = _has_faults(config, device)
     # Fake tensors of an Apple GPU cannot go backward without one; in main memory the same operators run.
     stand_in = replace(device, kind=torch.get_default_device().type) if faulty else device
     attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH) if faulty else nullcontext()
-    ledger = Ledger(stand_in.torch_device, largest=faulty, long_matmuls=faulty and wrong_long_matmuls())
+    ledger = Ledger(stand_in.torch_device, malloc, largest=faulty, long_matmuls=faulty and wrong_long_matmuls())
     with FakeTensorMode(), attention, ledger:
         yield stand_in, ledger
 
@@ -101,7 +159,8 @@ def _has_faults(config: RunConfig, device: Device) -> bool:
 
 def _state(config: RunConfig, device: Device, ledger: Ledger) -> TrainState:
     """As TrainState.new. Modules of fake tensors cannot be moved, and a scaler would read a value that is not there."""
-    model = Decoder(config.model)
+    with device.torch_device:
+        model = Decoder(config.model)
     model.initialise(config.train.seed)
     model.train()
     if config.machine.checkpointing:
@@ -138,9 +197,10 @@ def _evaluate(state: TrainState) -> None:
 class Ledger(TorchDispatchMode):
     """Counts the live bytes of one kind of device while it is entered, and notes operators that are known to fail."""
 
-    def __init__(self, device: torch.device, largest: bool, long_matmuls: bool) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device, malloc: Malloc | None, largest: bool, long_matmuls: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
+        self.malloc = malloc
         self.largest, self.long_matmuls = largest, long_matmuls
         self.held: dict[int, tuple[int, str]] = {}  # by storage: bytes, and what for
         self.live: Counter[str] = Counter()
@@ -156,9 +216,10 @@ class Ledger(TorchDispatchMode):
         made = [
             leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.device.type == self.device.type
         ]
-        self._look(op, args, made)
         for tensor in made:
             self._hold(tensor)
+        if self.long_matmuls and op in MATMULS:
+            self._check_matmul(args)
         return result
 
     def label(self, purpose: str, tensors: Iterable[Tensor]) -> None:
@@ -175,11 +236,17 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self.held:
             return
+        if self.largest and storage.nbytes() >= LARGEST_TENSOR:
+            shape = " x ".join(f"{length:,}" for length in tensor.shape)
+            size_gib = storage.nbytes() / 2**30
+            self._note(f"a tensor of {size_gib:.1f} GiB ({shape}) can abort the process (pytorch#149325)")
         size = -(-storage.nbytes() // BLOCK) * BLOCK
         self.held[key] = size, "activations"
         weakref.finalize(storage, self._release, key).atexit = False
         self.live["activations"] += size
         self.total += size
+        if self.malloc:
+            self.malloc.allocate(key, storage.nbytes())
         if self.total >= self.peak:  # of equal peaks the last, when everything has its label
             self.peak, self.parts = self.total, self.live.copy()
 
@@ -187,18 +254,58 @@ class Ledger(TorchDispatchMode):
         size, purpose = self.held.pop(key)
         self.live[purpose] -= size
         self.total -= size
+        if self.malloc:
+            self.malloc.free(key)
 
-    def _look(self, op: Any, args: Any, made: list[Tensor]) -> None:
-        for tensor in made if self.largest else []:
-            size = tensor.untyped_storage().nbytes()
-            if size >= LARGEST_TENSOR:
-                shape = " x ".join(f"{length:,}" for length in tensor.shape)
-                self._note(f"a tensor of {size / 2**30:.1f} GiB ({shape}) can abort the process (pytorch#149325)")
-        if self.long_matmuls and op in MATMULS:
-            left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
-            rows, terms, columns = left.size(-2), left.size(-1), right.size(-1)
-            if terms >= LONGEST_SUM and min(rows, columns) >= NARROWEST:
-                self._note(f"a matmul over {terms:,} terms ({rows:,} x {columns:,}) is silently wrong (pytorch#177116)")
+    def _check_matmul(self, args: Any) -> None:
+        left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
+        rows, terms, columns = left.size(-2), left.size(-1), right.size(-1)
+        if terms >= LONGEST_SUM and min(rows, columns) >= NARROWEST:
+            self._note(f"a matmul over {terms:,} terms ({rows:,} x {columns:,}) is silently wrong (pytorch#177116)")
 
     def _note(self, hazard: str) -> None:
         self.hazards[hazard] = None
+
+
+class Malloc:
+    """The C library's malloc, asked for memory that nobody touches; `peak` is what it took from the system at most.
+
+    Only for glibc, whose heap ends at sbrk(0); above that end lie the big pieces, which it maps one by one. It must be
+    used in a fresh process: in an old one the heap already has room.
+    """
+
+    ALIGNMENT = 64  # bytes, as torch's CPU allocator asks
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        library.sbrk.restype, library.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+        library.free.argtypes = [ctypes.c_void_p]
+        library.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+        self.pieces: dict[int, tuple[int | None, int]] = {}  # by key: the address, and the bytes that were mapped
+        self.mapped = self.peak = 0
+        self.began = library.sbrk(0)
+
+    @classmethod
+    def of_glibc(cls) -> Malloc | None:
+        return cls(ctypes.CDLL(None)) if platform.libc_ver()[0] == "glibc" else None
+
+    def allocate(self, key: int, size: int) -> None:
+        """Bytes for a tensor. More than the system would ever give are counted all the same."""
+        address = ctypes.c_void_p()
+        refused = self.library.posix_memalign(ctypes.byref(address), self.ALIGNMENT, size)
+        end = self.library.sbrk(0)
+        mapped = size if refused or (address.value or 0) > end else 0
+        self.pieces[key] = None if refused else address.value, mapped
+        self.mapped += mapped
+        self.peak = max(self.peak, end - self.began + self.mapped)
+
+    def free(self, key: int) -> None:
+        address, mapped = self.pieces.pop(key)
+        self.mapped -= mapped
+        self.library.free(address)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # as the probe's child: autograd's threads may abort an interpreter that ends

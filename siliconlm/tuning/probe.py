@@ -6,6 +6,8 @@ The parent always survives: a child that fails, hangs, swaps or is killed is an 
 from __future__ import annotations
 
 import json
+import os
+import site
 import subprocess
 import sys
 import tempfile
@@ -13,10 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+import siliconlm
 from siliconlm.config import RunConfig, divisors
 from siliconlm.events import Probed
 from siliconlm.hardware.device import Device
@@ -26,7 +30,7 @@ FRACTION = 0.9  # of what the GPU recommends: allocations beyond it fail in the 
 ENOUGH = 0.98  # the smallest setting within 2 % of the best speed is chosen
 SLOWER = 0.9  # a setting under this share of the best speed ends the search
 POLL_SECONDS = 0.05
-CHILD = (sys.executable, "-m", "siliconlm.tuning.child")
+CHILD = (sys.executable, "-P", "-m", "siliconlm.tuning.child")  # -P: no module out of the user's current folder
 SWAP_GROWTH = 64 << 20
 DRIVER_OUT_OF_MEMORY = "Insufficient Memory"  # Metal says this on stderr and goes on with unfinished buffers
 CANARY = 0.01  # nats by which the same loss may differ when computed twice
@@ -94,7 +98,7 @@ def run_child(config: RunConfig, device: Device, budget: int, seconds: float) ->
     request = {"config": _for_child(config, device), "fraction": FRACTION, "seconds": MEASURE_SECONDS}
     swap = psutil.swap_memory().used
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        with subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=out, stderr=err) as child:
+        with subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=out, stderr=err, env=child_environment()) as child:
             assert child.stdin is not None
             with suppress(BrokenPipeError):  # it has died already: its code and its last words say why
                 child.stdin.write(json.dumps(request).encode())
@@ -104,6 +108,19 @@ def run_child(config: RunConfig, device: Device, budget: int, seconds: float) ->
             finally:
                 child.kill()
         return _answer(child.returncode, stopped, _content(out), _content(err))
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a child begun with `python -P -m`, in which it finds the package that runs here.
+
+    A bare source tree is found by the current folder, which -P leaves out, so its folder is named. An installed
+    package is found anyway, and its folder must not come before the standard library.
+    """
+    root = Path(siliconlm.__file__).absolute().parents[1]
+    if root in map(Path, [*site.getsitepackages(), site.getusersitepackages()]):
+        return dict(os.environ)
+    others = os.environ.get("PYTHONPATH")  # an empty part would stand for the current folder
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *([others] if others else [])])}
 
 
 def _watch(child: subprocess.Popen[bytes], budget: int, seconds: float, swap: int) -> Answer | None:

@@ -128,7 +128,7 @@ def make_profile(
             if rows[-1].verdict in ("failed", "stopped") or context <= 64:
                 raise SiliconError(
                     f"not even one sequence of {context} tokens can be trained here: {rows[-1].reason}",
-                    fix="Choose a smaller --preset, or --device cpu.",
+                    fix="Choose a smaller --preset" + ("." if device.resident else ", or --device cpu."),
                     kind="out_of_memory",
                 )
             context //= 2

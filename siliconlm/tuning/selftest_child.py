@@ -12,10 +12,11 @@ from dataclasses import asdict
 
 from siliconlm.config import MachineConfig
 from siliconlm.hardware.device import Device, open_device
+from siliconlm.tuning.probe import child_environment
 from siliconlm.tuning.selftest import Verdict, run
 
 SECONDS = 120.0
-CHILD = (sys.executable, "-m", "siliconlm.tuning.selftest_child")
+CHILD = (sys.executable, "-P", "-m", "siliconlm.tuning.selftest_child")  # -P: nothing out of the current folder
 
 
 def self_test(device: Device, seconds: float = SECONDS) -> Iterator[Verdict]:
@@ -23,7 +24,7 @@ def self_test(device: Device, seconds: float = SECONDS) -> Iterator[Verdict]:
 
     The child runs without PYTORCH_ENABLE_MPS_FALLBACK: an operation done by the CPU instead would look sound.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTORCH_ENABLE_MPS_FALLBACK"}
+    environment = {name: value for name, value in child_environment().items() if name != "PYTORCH_ENABLE_MPS_FALLBACK"}
     machine = json.dumps({"device": device.kind, "threads": device.threads})
     with subprocess.Popen([*CHILD, machine], stdout=subprocess.PIPE, env=environment, text=True) as child:
         assert child.stdout is not None

@@ -296,7 +296,7 @@ def test_a_damaged_dataset_is_named_and_no_run_begins(silicon: Silicon, own: Tra
     path.write_bytes(damage(good))
     before = own.files()
     words = ["train", "--data", "plays", "--preset", own.preset, "--steps", "2", "--name", "mine"]
-    refused(silicon(*words), f"plays/{name}", "silicon prepare ... --name plays --force")
+    refused(silicon(*words), f"plays/{name}", "--name plays", "--force")
     assert own.files() == before
     path.write_bytes(good)
     assert silicon(*words).code == 0, "the name is still free"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+import siliconlm
 from siliconlm.config import Layer, RunConfig, divisors, parse_assignments, resolve
 from siliconlm.events import Probed
 from siliconlm.hardware.device import Device, open_device
 from siliconlm.tuning import probe as module
-from siliconlm.tuning import profiles
-from siliconlm.tuning.probe import best_of, probe, probe_batches
+from siliconlm.tuning import profiles, selftest_child
+from siliconlm.tuning.probe import best_of, probe, probe_batches, run_child
 
 if TYPE_CHECKING:
     from .conftest import Silicon, Trained
@@ -58,6 +61,38 @@ def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return tried
 
     return use
+
+
+# --- where the child is begun ----------------------------------------------------------------------------------------
+
+
+def test_the_current_folder_holds_no_modules_for_the_child(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's folder may hold any numpy.py, and `python -m` alone would look there first."""
+    for name in ("numpy", "psutil", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the user was run')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    answer = run_child(config_of("train.tokens_per_step=128"), device, PLENTY, 60.0)
+    assert answer.values["memory"] > 0, answer.failure
+    assert next(selftest_child.self_test(device)).passed
+
+
+def test_a_bare_source_tree_is_found_by_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "siliconlm" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("print('found')")
+    monkeypatch.setattr(siliconlm, "__file__", str(package))
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    told = module.child_environment()
+    assert told["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), "/elsewhere"]
+    command = [sys.executable, "-P", "-c", "import siliconlm"]
+    assert subprocess.run(command, env=told, capture_output=True, text=True).stdout == "found\n"
+    monkeypatch.delenv("PYTHONPATH")
+    assert module.child_environment()["PYTHONPATH"] == str(tmp_path)
+    monkeypatch.setattr(module.site, "getsitepackages", lambda: [str(tmp_path)])
+    assert "PYTHONPATH" not in module.child_environment()  # installed: found without
 
 
 # --- whatever the child does -----------------------------------------------------------------------------------------
@@ -344,4 +379,6 @@ def test_nothing_that_fits_is_an_error_with_a_remedy(
     for command in ("probe-batch", "profile"):
         done = silicon(command, *one_or_two, "--json")
         assert done.code == 1 and done.json()["kind"] == "out_of_memory" and "--preset" in done.json()["fix"]
+        if command == "profile":
+            assert "--device" not in done.json()["fix"]  # it was measured on the CPU already
     assert not (home / "profiles").exists()

@@ -103,13 +103,15 @@ def test_a_shard_of_one_window(shard_of: Opener) -> None:
     assert np.array_equal(batches.take(7, 3), np.tile(np.arange(11), (3, 1)))
 
 
-@pytest.mark.parametrize(("count", "advice"), [(101, "=96"), (256, "=248"), (6, "=5"), (1, "Give more text.")])
+@pytest.mark.parametrize(
+    ("count", "advice"), [(101, "=64,"), (256, "=128,"), (6, "=4,"), (3, "=2,"), (2, "Give"), (1, "Give")]
+)
 def test_a_context_that_is_too_long_says_what_fits(shard_of: Opener, count: int, advice: str) -> None:
     with pytest.raises(SiliconError, match=f"longer than the training data \\({count} tokens\\)") as caught:
         Batches(shard_of(count), 256, 1)
     assert advice in caught.value.fix
     if advice.startswith("="):
-        Batches(shard_of(count), int(advice[1:]), 1)
+        Batches(shard_of(count), int(advice[1:-1]), 1)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

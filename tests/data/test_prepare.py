@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import tokenizers
 
 from siliconlm.data import prepare as module
 from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
+from siliconlm.data.remake import remake_command
 from siliconlm.data.sources import builtin_pieces
 from siliconlm.data.tokenizer import bpe_tokenizer, byte_tokenizer
 from siliconlm.errors import SiliconError
@@ -227,7 +230,7 @@ def test_a_long_text_is_learned_from_in_part(verse: str, monkeypatch: pytest.Mon
 # --- what can go wrong -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".hidden", "a b", "x" * 101, "é", "a\n"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".hidden", "_a", "-a", "a b", "x" * 81, "é", "a\n"])
 def test_names_that_are_no_file_names(verse: str, name: str, home: Path) -> None:
     with pytest.raises(SiliconError, match="cannot be the name"):
         made([verse], name)
@@ -253,9 +256,51 @@ def test_an_interrupted_prepare_leaves_nothing(verse: str, home: Path) -> None:
     steps = prepare([verse], "mine")
     while not (isinstance(event := next(steps), Working) and event.what == "encoding"):
         pass
-    assert len(os.listdir(home / "data")) == 1
+    assert len(os.listdir(home / "data")) == 2, "the stage and the lock"
     steps.close()  # type: ignore[attr-defined]
     assert os.listdir(home / "data") == []
+
+
+def test_what_a_killed_prepare_left_is_swept_and_nobody_elses(verse: str, home: Path) -> None:
+    data = home / "data"
+    for name in (".tmp-mine.0123abcd", ".trash-mine.0123abcd", ".tmp-mine.b.0123abcd", ".tmp-other.0123abcd"):
+        (data / name).mkdir(parents=True)
+        (data / name / "train.bin").write_bytes(b"half")
+    (data / ".lock-mine").touch()  # without its process a lock holds nothing
+    made([verse], "mine")
+    assert sorted(os.listdir(data)) == [".tmp-mine.b.0123abcd", ".tmp-other.0123abcd", "mine"]
+
+
+HOLDER = """
+import sys
+from siliconlm.data.prepare import prepare
+steps = prepare([sys.argv[1]], "mine")
+next(steps)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_name_that_another_process_prepares_is_refused(verse: str, home: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", HOLDER, verse]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        with pytest.raises(SiliconError, match="dataset mine is being prepared by another process") as caught:
+            made([verse], "mine")
+        assert caught.value.kind == "run_in_use"
+        made([verse], "other")
+        holder.kill()
+    made([verse], "mine")
+    assert sorted(os.listdir(home / "data")) == ["mine", "other"]
+
+
+def test_a_name_prepared_just_before_the_lock_is_used_again(verse: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made([verse], "mine")
+    answers = iter([False])
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: next(answers, None) is not False and exists(path))
+    assert made([verse], "mine").reused
 
 
 def test_a_full_disk_leaves_the_old_dataset(verse: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +330,7 @@ def test_bad_bytes_leave_nothing(home: Path) -> None:
     Path("a.txt").write_bytes(b"x" * 3_000_000 + b"\xff")
     with pytest.raises(SiliconError, match="at offset 3,000,000"):
         made(["a.txt"], "mine")
-    assert not home.exists()
+    assert os.listdir(home / "data") == []
 
 
 def test_a_dataset_that_is_not_there(verse: str) -> None:
@@ -328,6 +373,62 @@ def test_a_damaged_dataset_is_named(verse: str, home: Path, case: str) -> None:
         made([verse], "mine")
     made([verse], "mine", force=True)
     open_dataset("mine").close()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["--tokenizer", "byte"]),
+        ({"tokenizer": "char", "val_fraction": 0.25}, ["--tokenizer", "char", "--val-fraction", "0.25"]),
+        ({"tokenizer": "bpe", "vocab_size": 300}, ["--tokenizer", "bpe", "--vocab-size", "300"]),
+    ],
+)
+def test_the_advice_on_damage_is_the_command_that_made_it(
+    home: Path, options: dict[str, Any], words: list[str]
+) -> None:
+    text = Path("it's mine.txt")
+    text.write_text(VERSE * 50)
+    made([str(text), "builtin"], "mine", **options)
+    with open_dataset("mine") as dataset:
+        before = dataset.fingerprint
+    damage(home / "data" / "mine", "train.bin")
+    with pytest.raises(SiliconError) as shard:
+        open_dataset("mine")
+    damage(home / "data" / "mine", "no tokenizer.json")
+    with pytest.raises(SiliconError) as card:
+        open_dataset("mine")
+    for error in (shard.value, card.value):
+        _, _, command = error.fix.partition(": ")
+        expected = ["silicon", "prepare", str(text), "builtin", "--name", "mine", *words, "--force"]
+        assert shlex.split(command) == expected
+    made([str(text), "builtin"], "mine", **options, force=True)
+    with open_dataset("mine") as dataset:
+        assert dataset.fingerprint == before
+
+
+def test_the_advice_names_the_copy_of_a_given_tokenizer(verse: str, tmp_path: Path, home: Path) -> None:
+    (tmp_path / "own.json").write_text(bpe_tokenizer([VERSE], 300).json())
+    made([verse], "mine", "own.json")
+    folder = home / "data" / "mine"
+    assert f"--tokenizer {folder / 'tokenizer.json'} --force" in remake_command(folder)
+    damage(folder, "tokenizer.json")
+    assert "--tokenizer own.json --force" in remake_command(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sources": 3},
+        {"sources": [{"given": "a\nb"}]},
+        {"recipe": {}},
+        {"recipe": {"val_fraction": []}},
+        {"tokenizer": 1},
+    ],
+)
+def test_a_card_that_does_not_say_leaves_dots(verse: str, home: Path, changes: dict[str, Any]) -> None:
+    card = made([verse], "mine").card
+    (home / "data" / "mine" / "dataset.json").write_text(json.dumps(card | changes))
+    assert remake_command(home / "data" / "mine") == "silicon prepare ... --name mine --force"
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_the_file_is_what_other_programs_expect(made: Tokenizer) -> None:
     assert added == [(id, name, True, False) for id, name in enumerate(SPECIALS)]
     assert sorted(content["model"]["vocab"].values()) == list(range(made.size))
     assert made.eos == 0 and made.special_ids == {0, 1, 2}
-    assert made.id_of("<|im_end|>") == 2 and made.id_of("nothing") is None
+    assert made.inner.token_to_id("<|im_end|>") == 2
 
 
 def test_byte_ids_are_the_bytes_after_the_special_tokens() -> None:

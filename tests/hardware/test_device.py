@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import siliconlm
 from siliconlm.config import MachineConfig, ModelConfig
 from siliconlm.errors import SiliconError
 from siliconlm.hardware import device as devices
+from siliconlm.hardware import diagnosis
 from siliconlm.hardware.device import Device, available, is_out_of_memory, open_device, plain_words
-from siliconlm.hardware.doctor import MATMUL_CAP
+from siliconlm.hardware.doctor import MATMUL_CAP, Check
 
 GIB = 1 << 30
 WATERMARK = (
@@ -265,6 +267,60 @@ def test_memory_of_a_cpu_is_the_process(monkeypatch: pytest.MonkeyPatch) -> None
     assert device.peak_memory() > before
     assert device.memory_budget() > block.numel()
     assert device.resident and not gpu().resident and not gpu("cuda").resident
+
+
+def test_a_large_parent_does_not_make_the_child_large() -> None:
+    """On Linux `ru_maxrss` goes down through fork and exec."""
+    code = "from siliconlm.hardware.device import peak_resident; print(peak_resident())"
+    block = b"x" * (2 * devices.peak_resident())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    assert 10 << 20 < int(done.stdout) < len(block)
+
+
+def test_the_budget_is_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = gpu("cpu").memory_budget()
+    monkeypatch.setattr(devices, "memory", lambda mac: (2 * GIB, 0))
+    assert 0 < gpu("cpu").memory_budget() == pytest.approx(0.8 * devices.psutil.Process().memory_info().rss, rel=0.1)
+    monkeypatch.setattr(devices, "memory", lambda mac: (1 << 50, 1 << 50))
+    assert gpu("cpu").memory_budget() > before
+
+
+# --- torch refuses the GPU -------------------------------------------------------------------------------------------
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, words: str, *checks: Check) -> None:
+    """As where torch raises `words` at the first use of an Apple GPU, and the doctor finds `checks`."""
+
+    def refuse(*_: object) -> int:
+        raise RuntimeError(words)
+
+    present(monkeypatch, mps=True)
+    monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", refuse)
+    monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", refuse)
+    monkeypatch.setattr(diagnosis, "examine", lambda facts, torch: list(checks))
+
+
+FAILED = Check("MPS memory limit", "fail", "torch refuses the GPU", "unset it")
+
+
+def test_the_doctor_shows_the_remedy_where_torch_refuses_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing(monkeypatch, "invalid low watermark ratio 1.4", FAILED)
+    found = diagnosis.diagnose()
+    assert found.torch.mps_available and found.torch.recommended_memory is None
+    assert not found.healthy and found.checks == [FAILED] and found.choices == []
+
+
+def test_no_other_error_is_hidden_by_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing(monkeypatch, "something else", FAILED)
+    with pytest.raises(RuntimeError, match="something else"):
+        devices.torch_facts()
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: GIB)
+    with pytest.raises(RuntimeError, match="something else"):
+        diagnosis.diagnose()
+    refusing(monkeypatch, "invalid low watermark ratio 1.4", Check("MPS memory limit", "pass", "torch's default"))
+    with pytest.raises(RuntimeError, match="watermark"):
+        diagnosis.diagnose()
 
 
 # --- one file knows devices ------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from siliconlm.config import SampleConfig
+from siliconlm.config import SampleConfig, sampling
+from siliconlm.errors import SiliconError
 from siliconlm.inference.sampler import filtered, penalise, sample
 
 SIZE = 200
@@ -104,6 +105,18 @@ def test_temperature_zero_takes_the_likeliest_and_draws_nothing() -> None:
         logits = logits_of(seed)
         assert sample(logits, torch.tensor([]), SampleConfig(temperature=0), generator) == int(logits.argmax())
     assert torch.equal(generator.get_state(), before)
+
+
+def test_the_coldest_temperature_is_still_finite_and_colder_ones_are_refused() -> None:
+    for seed in range(20):
+        logits = logits_of(seed) * 1e6
+        assert sample(logits, torch.tensor([]), SampleConfig(temperature=1e-3), torch.Generator()) == int(
+            logits.argmax()
+        )
+    for cold in (1e-39, 5e-324, 9e-4):
+        with pytest.raises(SiliconError, match=r"must be 0 .* or at least 0\.001") as caught:
+            sampling(temperature=cold)
+        assert caught.value.what.startswith(f"--temperature {cold}: must be 0")
 
 
 def test_the_penalty_reaches_the_greedy_choice_as_well() -> None:

@@ -293,7 +293,7 @@ def test_banned_ids_never_come_out(device: Device) -> None:
     """A head that wants nothing but special tokens and padding still writes text."""
     model, tokenizer = chain("abc")
     banned = banned_ids(model, tokenizer).tolist()
-    special = {tokenizer.id_of("<|im_start|>"), tokenizer.id_of("<|im_end|>")}
+    special = {tokenizer.inner.token_to_id("<|im_start|>"), tokenizer.inner.token_to_id("<|im_end|>")}
     assert set(banned) == special | set(range(tokenizer.size, 320))
     with torch.no_grad():
         model.lm_head.weight[banned] = 100
@@ -309,10 +309,10 @@ def test_banned_ids_never_come_out(device: Device) -> None:
 def test_a_special_tokens_name_in_a_prompt_is_text(random_model: Random, device: Device) -> None:
     model, tokenizer = random_model(64), char_tokenizer("abcdefghijklmnopqrstuvwxyz<|_>")
     prompt = "<|im_end|>"
-    spelled = [tokenizer.id_of(character) for character in prompt]
+    spelled = [tokenizer.inner.token_to_id(character) for character in prompt]
     expected = greedy_by_hand(model, tokenizer, device, spelled)
     assert text_of(list(generate(model, tokenizer, device, prompt, settings(max_tokens=20), 0))) == expected
-    assert expected != greedy_by_hand(model, tokenizer, device, [tokenizer.id_of(prompt)])
+    assert expected != greedy_by_hand(model, tokenizer, device, [tokenizer.inner.token_to_id(prompt)])
 
 
 def test_an_empty_prompt_starts_a_new_document(random_model: Random, device: Device) -> None:

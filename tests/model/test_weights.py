@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from siliconlm.config import ModelConfig
 from siliconlm.data.tokenizer import byte_tokenizer
 from siliconlm.errors import SiliconError
+from siliconlm.model import weights
 from siliconlm.model.decoder import Decoder
 from siliconlm.model.families import to_hf_tensors
 from siliconlm.model.weights import NAMES, load_weights, model_files, read_model, read_tensors, write_tensors
@@ -99,6 +102,33 @@ def test_an_existing_file_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
     assert torch.equal(read_tensors(tmp_path / "a.safetensors")["a"], torch.ones(2))
+
+
+def test_one_tensor_at_a_time_is_copied_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref[memoryview]] = []
+    honest = weights._raw
+
+    def watched(tensor: torch.Tensor) -> memoryview:
+        assert all(copy() is None for copy in copies), "an earlier copy is still held"
+        raw = honest(tensor)
+        copies.append(weakref.ref(raw))
+        return raw
+
+    monkeypatch.setattr(weights, "_raw", watched)
+    write_tensors(tmp_path / "a.safetensors", {name: torch.ones(3, 5).t() for name in "abc"})
+    assert len(copies) == 3
+
+
+def test_reading_holds_the_file_once(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2_000_000)}
+    digest = write_tensors(tmp_path / "a.safetensors", tensors)["sha256"]
+    tracemalloc.start()
+    try:
+        read_tensors(tmp_path / "a.safetensors", digest)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 8_000_000 < most < 12_000_000
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -48,6 +48,14 @@ def test_doctor_takes_the_gpu_and_says_why(mac: Any) -> None:
     assert "bfloat16" in chosen["machine.dtype"]["reason"]
 
 
+def test_the_machine_is_described_where_torch_refuses_the_gpu(mac: Any) -> None:
+    """A high watermark below the low one's default: torch raises at its first use of the GPU."""
+    code = "from siliconlm.hardware.device import torch_facts as f; print(f().mps_available, f().recommended_memory)"
+    assert mac.python("-c", code).ended().out.split() == ["True", str(2 << 30)]
+    found = mac.python("-c", code, PYTORCH_MPS_HIGH_WATERMARK_RATIO="1.0").ended()
+    assert found.out.split() == ["True", "None"]
+
+
 def test_prepare(mac: Any) -> None:
     card = mac.silicon("prepare", str(mac.text), "--name", "again", "--tokenizer", "char", "--json").ended().json()
     assert card["event"] == "prepared" and card["name"] == "again"

@@ -269,11 +269,19 @@ def test_the_model_learns(config: Config, device: Device, dataset: Dataset) -> N
 def test_a_stop_ends_after_the_step_and_saves_without_evaluating(
     config: Config, device: Device, dataset: Dataset
 ) -> None:
-    run = Run(config(), device, dataset).train(lambda state: "SIGINT" if state.step == 5 else None)
+    settings = config(train__eval_every=1000)
+    run = Run(settings, device, dataset).train(lambda state: "SIGINT" if state.step == 5 else None)
     assert [step.step for step in run.of(Step)] == [1, 2, 3, 4, 5]
     assert [event.step for event in run.of(Saved)] == [5]
     assert run.folder.at_step(5).manifest["val_loss"] is None
     assert run.events[-1].reason == "SIGINT" and run.events[-1].val_loss is None
+
+
+def test_what_is_due_at_a_step_is_done_before_a_stop(config: Config, device: Device, dataset: Dataset) -> None:
+    settings = config(train__eval_every=5)
+    run = Run(settings, device, dataset).train(lambda state: "SIGINT" if state.step == 5 else None)
+    assert [event.step for event in run.of(Evaluated)] == [5]
+    assert run.folder.at_step(5).manifest["val_loss"] == run.of(Evaluated)[0].val_loss
 
 
 def test_a_token_budget_is_rounded_up_to_whole_steps(config: Config, device: Device, dataset: Dataset) -> None:
@@ -337,7 +345,7 @@ def test_a_state_comes_back_exactly(config: Config, device: Device, dataset: Dat
     cut = Run(settings, device, dataset, "cut").train(lambda state: "SIGTERM" if state.step == 5 else None)
     again = TrainState.new(settings, device)
     again.restore(cut.folder.newest()[0], dataset.fingerprint)
-    assert (again.step, again.tokens, again.val_loss) == (5, 640, None)
+    assert (again.step, again.tokens, again.val_loss) == (5, 640, cut.of(Evaluated)[-1].val_loss)
     cut.state = again
     cut.train()
     assert straight.of(Step) == cut.of(Step)

@@ -111,11 +111,16 @@ def logged(run: RunFolder) -> list[tuple[Any, ...]]:
     return [tuple(event[key] for key in LOGGED) for event in read_log(run) if event["event"] == "step"]
 
 
+def evaluated(run: RunFolder) -> list[tuple[Any, ...]]:
+    keys = ("step", "val_loss", "val_bpb", "tokens", "complete")
+    return [tuple(event[key] for key in keys) for event in read_log(run) if event["event"] == "evaluated"]
+
+
 def assert_same_run(run: RunFolder, straight: RunFolder) -> None:
     for name in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = (each.at_step(STEPS).path / name for each in (run, straight))
         assert ours.read_bytes() == theirs.read_bytes(), name
-    assert logged(run) == logged(straight)
+    assert logged(run) == logged(straight) and evaluated(run) == evaluated(straight) != []
     assert [line[0] for line in logged(straight)] == list(range(1, STEPS + 1))
     assert run.at_step(STEPS).manifest["val_loss"] == straight.at_step(STEPS).manifest["val_loss"]
 

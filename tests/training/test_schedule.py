@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siliconlm.config import TrainConfig
+from siliconlm.errors import SiliconError
 from siliconlm.training.schedule import Budget, lr_scale
 
 shares = st.floats(0, 1)
@@ -91,8 +92,10 @@ def test_a_budget_of_time_keeps_its_reserve() -> None:
     assert budget.done(0, 1.0, reserve=200.0) == 1, "a reserve that eats the budget ends training"
 
 
-def test_without_a_budget_there_is_a_default() -> None:
-    assert Budget.of(TrainConfig()).steps == 1000
+def test_without_a_budget_there_is_no_hidden_default() -> None:
+    with pytest.raises(SiliconError, match="no budget") as caught:
+        Budget.of(TrainConfig())
+    assert caught.value.fix == "Give --steps, --tokens or --time."
 
 
 @given(st.integers(1, 500))
