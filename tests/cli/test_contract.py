@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 import siliconlm
 from siliconlm import engine
+from siliconlm.cli.signals import Signals
 from siliconlm.config import known_settings
 from siliconlm.data.prepare import open_dataset
 from siliconlm.hardware.device import open_device
@@ -174,7 +176,7 @@ def test_runs(silicon: Silicon, trained: Trained) -> None:
     assert words[0] == "run" and words.index("whole") < words.index("cut"), "the latest first"
     whole, cut = silicon("runs", "--json").json()["runs"]
     assert (whole["run"], whole["step"], whole["state"], whole["dataset"]) == ("whole", 8, "done", "plays")
-    assert (cut["run"], cut["step"], cut["state"]) == ("cut", 6, "stopped (SIGINT)")
+    assert (cut["run"], cut["step"], cut["state"]) == ("cut", 6, "SIGINT")
     assert whole["path"] == str(trained.home / "runs" / "whole") and whole["val_loss"] > 0
 
 
@@ -211,7 +213,7 @@ def test_a_dry_run_shows_settings_with_sources_and_trains_nothing(silicon: Silic
     assert told["train.time"] == {"value": 90.0, "source": "--time"} and "train.steps" not in told
     assert told["optim.lr"] == {"value": 0.01, "source": "--set"}
     assert told["model.n_layer"] == {"value": 1, "source": f"preset {own.preset}"}
-    assert told["data.name"] == {"value": "plays", "source": "data"}
+    assert told["data.name"] == {"value": "plays", "source": "--data"}
     assert told["model.norm"] == {"value": "rmsnorm", "source": "default"}
     assert told["model.vocab_size"]["source"] == "data" and told["machine.device"]["value"] != "auto"
     assert record["started"]["budget"] == "90 s" and record["started"]["dataset"] == "plays"
@@ -406,3 +408,49 @@ def test_a_sample_streams_as_one_text_on_a_terminal(trained: Trained) -> None:
     shown = on_a_terminal(words).replace("\r\n", "\n")
     piped = subprocess.run([sys.executable, "-m", "siliconlm", *words], stdout=subprocess.PIPE, text=True, check=True)
     assert piped.stdout.startswith("To be") and shown.startswith(piped.stdout)
+
+
+def test_a_reader_that_goes_away_stops_training_saved(own: Trained) -> None:
+    """`silicon train --json | head -1`: what was trained is kept, and the exit code says that it was stopped."""
+    words = ["train", "--data", "plays", "--preset", str(own.preset), "--steps", "100000", "--json", "--name", "piped"]
+    command = [sys.executable, "-m", "siliconlm", *words, "--profile", "none", "--set", "machine.threads=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        while b'"step"' not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        assert process.wait(60) == 128 + signal.SIGPIPE
+    assert own.checkpoints("piped")
+
+
+def test_signals_ignored_by_nohup_stay_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            signals.polite = True
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.reason() is None
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.reason() == "SIGTERM" and signals.exit_code == 143
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_before_there_is_anything_to_save_a_signal_ends_the_command() -> None:
+    with Signals(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with Signals(), pytest.raises(SystemExit) as ended:
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
+
+
+def test_a_shape_that_cannot_be_saved_is_refused_before_any_work(silicon: Silicon, own: Trained) -> None:
+    done = silicon("train", "--data", "plays", "--preset", own.preset, "--set", "model.bias=true", "--name", "odd")
+    assert done.code == 1 and "no known model family" in done.err
+    assert not (own.home / "runs" / "odd").exists()
+
+
+def test_the_dataset_can_be_a_setting(silicon: Silicon, own: Trained) -> None:
+    words = ["train", "--preset", own.preset, "--set", "data.name=plays", "--dry-run", "--json"]
+    told = silicon(*words).json()["settings"]
+    assert told["data.name"] == {"value": "plays", "source": "--set"}

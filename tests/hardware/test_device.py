@@ -272,7 +272,7 @@ def test_memory_of_a_cpu_is_the_process(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_large_parent_does_not_make_the_child_large() -> None:
     """On Linux `ru_maxrss` goes down through fork and exec."""
     code = "from siliconlm.hardware.device import peak_resident; print(peak_resident())"
-    block = b"x" * (2 * devices.peak_resident())
+    block = b"x" * GIB  # torch alone is far smaller
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
     assert 10 << 20 < int(done.stdout) < len(block)
 

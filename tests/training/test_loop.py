@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.amp.grad_scaler import GradScaler
 
 from siliconlm.config import RunConfig
 from siliconlm.data.batches import Batches
@@ -21,7 +22,7 @@ from siliconlm.events import Evaluated, Event, Finished, Progress, Saved, Step
 from siliconlm.hardware.device import Device
 from siliconlm.model.weights import read_model
 from siliconlm.training.checkpoint import RunFolder, create_run
-from siliconlm.training.loop import accumulate, evaluate, fit, result_of, train_step
+from siliconlm.training.loop import accumulate, evaluate, fit, result_of, train_step, update
 from siliconlm.training.schedule import lr_scale
 from siliconlm.training.state import TrainState
 
@@ -428,3 +429,19 @@ def test_a_weight_broken_by_the_last_step_is_never_saved(
     assert error.value.kind == "training_failed"
     assert [event.step for event in run.of(Saved)] == [4, 8]
     assert_only_finite_checkpoints(run.folder)
+
+
+def test_an_overflow_of_float16_steps_no_optimiser(config: Config, device: Device, dataset: Dataset) -> None:
+    """A norm that is not finite spreads to all gradients when they are clipped, to Muon's too."""
+    state = TrainState.new(config(), device)
+    state.scaler = GradScaler(device.kind)
+    batch = Batches(dataset.train, state.config.model.context, 1).take(0, 4)
+    before = {name: weight.detach().clone() for name, weight in state.model.named_parameters()}
+    accumulate(state, batch)
+    state.model.model.embed_tokens.weight.grad[0, 0] = torch.inf
+    update(state, 1.0)
+    assert all(torch.equal(weight, before[name]) for name, weight in state.model.named_parameters())
+    accumulate(state, batch)
+    update(state, 1.0)
+    assert not torch.equal(state.model.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
+    assert all(bool(torch.isfinite(weight).all()) for weight in state.model.parameters())
