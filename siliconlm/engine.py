@@ -22,7 +22,7 @@ from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
 from siliconlm.data.sources import BUILTIN
 from siliconlm.data.tokenizer import Tokenizer, byte_tokenizer
 from siliconlm.errors import SiliconError
-from siliconlm.events import Chosen, Event, Notice, Probed, Resumed, Saved, Started, Tested, Working
+from siliconlm.events import Chosen, Event, Foreseen, Notice, Probed, Resumed, Saved, Started, Tested, Working
 from siliconlm.hardware.device import Device, is_out_of_memory, open_device, plain_words
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
@@ -42,6 +42,7 @@ from siliconlm.training.loop import evaluate, evaluation_batch, fit
 from siliconlm.training.schedule import Budget
 from siliconlm.training.state import TrainState, other_data
 from siliconlm.tuning import profiles, selftest_child
+from siliconlm.tuning.memory import forecast_process
 from siliconlm.tuning.probe import best_of, probe_batches
 from siliconlm.tuning.profiles import PROFILE_SECONDS
 from siliconlm.tuning.selftest import INSTEAD
@@ -98,7 +99,7 @@ def resolve_request(request: Request, dataset: Dataset | None, measured: Layer |
 
 def dataset_name(sources: list[str]) -> str:
     """The name a dataset gets when none is given: that of its first source."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(sources[0]).stem).strip("-.")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(sources[0]).stem).strip("-._")[:80]
     return stem or "data"
 
 
@@ -259,7 +260,10 @@ def forecast(request: Request) -> Iterator[Event | RunConfig]:
         config = yield from _gathering(tune(request, dataset, dry=True), choices)
         Batches(dataset.train, config.model.context, config.train.seed)
         yield config
-        yield _started(config, "(dry run)", "", dataset, open_device(config.machine), choices)
+        device = open_device(config.machine)
+        yield _started(config, "(dry run)", "", dataset, device, choices)
+        needs = forecast_process(config, device)
+        yield Foreseen(needs.resident or needs.peak, needs.weights, needs.optimizer_state, needs.hazards)
 
 
 def train(request: Request, name: str | None = None, stop: Stop = lambda: None) -> Iterator[Event]:
@@ -270,6 +274,7 @@ def train(request: Request, name: str | None = None, stop: Stop = lambda: None) 
     with (yield from find_data(request)) as dataset:
         choices: list[Chosen] = []
         base = resolve_request(request, dataset)
+        Budget.of(base.train)
         Batches(dataset.train, base.model.context, base.train.seed)  # refuse a context longer than the data at once
         dataset.verify()  # damaged data is refused before a run takes its name
         config = yield from _gathering(tune(request, dataset), choices)

@@ -94,6 +94,16 @@ class Started(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Foreseen(Event):
+    """What a run will need, by a dry run without data: bytes at the peak, and faults of the device it would meet."""
+
+    memory: int
+    weights: int
+    optimizer_state: int
+    hazards: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class Resumed(Event):
     """Training goes on from a checkpoint; log lines of later steps that stand above this one no longer count."""
 

@@ -230,27 +230,32 @@ def probe_table(rows: list[ev.Probed]) -> Table:
 
 def dry_run(forecast: Iterable[ev.Event | configs.RunConfig], json_out: bool) -> None:
     """All resolved settings with their sources, and the shape of the run."""
-    config = started = None
+    config = started = foreseen = None
     for event in forecast:
         if isinstance(event, configs.RunConfig):
             config = event
         elif isinstance(event, ev.Started):
             started = event
+        elif isinstance(event, ev.Foreseen):
+            foreseen = event
         elif isinstance(event, ev.Notice) and not json_out:
             notice(event)
-    assert config is not None and started is not None
+    assert config is not None and started is not None and foreseen is not None
     flat = configs.flatten(config.model_dump(exclude_none=True), "config")
     if json_out:
         sources = {
             name: {"value": value, "source": config.sources.get(name, "default")} for name, value in flat.items()
         }
-        as_json({"started": started.as_json(), "settings": sources})
+        as_json({"started": started.as_json(), "foreseen": foreseen.as_json(), "settings": sources})
         return
     table = Table(box=None, show_header=False, padding=(0, 1))
     for name, value in flat.items():
         table.add_row(Text(name, style="bold"), str(value), Text(config.sources.get(name, "default"), style="dim"))
     out.print(table)
     out.print(describe(started))
+    out.print(f"about {size(foreseen.memory)} of memory at the peak (a forecast)")
+    for hazard in foreseen.hazards:
+        out.print(Text(hazard, style="yellow"))
     out.print("dry run: nothing was trained")
 
 

@@ -170,8 +170,18 @@ def open_device(machine: MachineConfig) -> Device:
     choices = [Chosen("machine.device", kind, why), Chosen("machine.dtype", dtype, reason)]
     device = Device(kind, DTYPES[dtype], threads, choices)
     if kind == "mps":
-        device.cap_memory(1.0)
+        _cap_or_explain(device)
     return device
+
+
+def _cap_or_explain(device: Device) -> None:
+    try:
+        device.cap_memory(1.0)
+    except RuntimeError as error:
+        if not is_bad_watermark(error):
+            raise
+        fix = "Type: unset PYTORCH_MPS_HIGH_WATERMARK_RATIO PYTORCH_MPS_LOW_WATERMARK_RATIO, and see silicon doctor."
+        raise SiliconError(plain_words(error), where="environment", fix=fix, kind="bad_environment") from None
 
 
 def available() -> list[str]:

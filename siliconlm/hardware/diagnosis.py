@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from siliconlm.config import Layer, resolve
+from siliconlm.errors import SiliconError
 from siliconlm.events import Chosen
 from siliconlm.hardware.doctor import Check, TorchFacts, examine
 from siliconlm.hardware.facts import Facts, gather
@@ -35,7 +36,7 @@ def diagnose(wanted: str | None = None) -> Diagnosis:
     """Look at the machine. `wanted` is a device by name; SiliconError when it is not there."""
     facts = gather()
     try:
-        from siliconlm.hardware.device import is_bad_watermark, open_device, torch_facts
+        from siliconlm.hardware.device import open_device, torch_facts
     except (ImportError, OSError) as error:  # torch missing, or its libraries are for another processor
         torch = TorchFacts(None, False, False, (), None, str(error))
         return Diagnosis(facts, torch, examine(facts, torch), [])
@@ -44,8 +45,8 @@ def diagnose(wanted: str | None = None) -> Diagnosis:
     checks = examine(facts, torch)
     try:
         choices = open_device(machine).choices
-    except RuntimeError as error:
-        if not is_bad_watermark(error) or all(check.status != "fail" for check in checks):
+    except SiliconError as error:
+        if error.kind != "bad_environment" or all(check.status != "fail" for check in checks):
             raise
-        choices = []  # a traceback would hide the remedy that the check holds
+        choices = []  # the failed check says the same, with more of the remedy
     return Diagnosis(facts, torch, checks, choices)

@@ -41,10 +41,11 @@ from siliconlm.model.decoder import Decoder
 from siliconlm.training import optim
 from siliconlm.training.loop import accumulate, evaluation_batch, to_device, update
 from siliconlm.training.state import TrainState
+from siliconlm.tuning.probe import child_environment
 
 aten = torch.ops.aten
 
-CHILD = (sys.executable, "-m", "siliconlm.tuning.memory")
+CHILD = (sys.executable, "-P", "-m", "siliconlm.tuning.memory")
 BLOCK = 256  # bytes: allocators give whole blocks
 LONGEST_SUM, NARROWEST = 32_767, 16  # matmuls this long, and this wide on both sides, are wrong on M1/M2
 MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
@@ -88,7 +89,8 @@ def forecast_process(config: RunConfig, device: Device, seconds: float = 60.0) -
     tables = config.model_dump(exclude_none=True)
     tables["machine"] |= {"device": device.kind, "dtype": device.dtype_name, "threads": device.threads}
     try:
-        done = subprocess.run(CHILD, input=json.dumps(tables).encode(), capture_output=True, timeout=seconds)
+        request = json.dumps(tables).encode()
+        done = subprocess.run(CHILD, input=request, capture_output=True, timeout=seconds, env=child_environment())
         return Forecast(**json.loads(done.stdout))
     except subprocess.TimeoutExpired:
         raise SiliconError(f"the memory forecast took longer than {seconds:.0f} s") from None

@@ -368,7 +368,7 @@ def test_training_uses_the_profile_and_accepts_its_file(
     assert dry["settings"]["machine.micro_batch"] == {"value": 2, "source": "profile auto"}
 
     third = silicon(*command, "--name", "third", "--profile", str(path), "--dry-run", "--json").json()
-    assert third["settings"]["machine.micro_batch"] == {"value": 2, "source": f"profile {path}"}
+    assert third["settings"]["machine.micro_batch"] == {"value": 2, "source": f"profile {path.stem}"}
     assert silicon(*command, "--name", "third", "--profile", str(path)).code == 0 and children() == []
 
 

@@ -319,7 +319,7 @@ def test_no_other_error_is_hidden_by_the_doctor(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match="something else"):
         diagnosis.diagnose()
     refusing(monkeypatch, "invalid low watermark ratio 1.4", Check("MPS memory limit", "pass", "torch's default"))
-    with pytest.raises(RuntimeError, match="watermark"):
+    with pytest.raises(SiliconError, match="watermark"):
         diagnosis.diagnose()
 
 
