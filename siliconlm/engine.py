@@ -1,6 +1,6 @@
 """One function a command. Parts are put together here and nowhere else: settings go in, events come out.
 
-Only `silicon doctor` stands elsewhere (`hardware.doctor.diagnose`): it must answer where torch cannot be imported.
+Only `silicon doctor` stands elsewhere (`hardware.diagnosis.diagnose`): it must answer where torch cannot be imported.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ TOO_MUCH = "Train under another --name with a smaller --set machine.micro_batch=
 NO_ROOM = "Close what else uses memory, or choose another --device."
 Stop = Callable[[], str | None]
 
-Events = Iterator[Event]
-
-__all__ = ["BUILTIN", "prepare", "probe_batch", "profile", "resume", "runs", "sample", "self_test", "train", "validate"]
+__all__ = ["BUILTIN", "prepare"]  # that stand elsewhere; the commands find them here
 
 
 @dataclass(frozen=True, slots=True)

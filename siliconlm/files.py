@@ -84,12 +84,13 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield stage
         sync_folder(stage)
-        discarded = (
-            target.with_name(f".trash-{target.name}.{secrets.token_hex(4)}") if replace and target.exists() else None
-        )
-        if discarded:
-            os.rename(target, discarded)
-        os.rename(stage, target)
+        discarded = _set_aside(target) if replace and target.exists() else None
+        try:
+            os.rename(stage, target)
+        except OSError:
+            if discarded:
+                os.rename(discarded, target)
+            raise
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
@@ -100,9 +101,13 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that a half-removed one is never taken for a whole one."""
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path:
     discarded = path.with_name(f".trash-{path.name}.{secrets.token_hex(4)}")
     os.rename(path, discarded)
-    shutil.rmtree(discarded, ignore_errors=True)
+    return discarded
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
