@@ -79,7 +79,7 @@ def run(rung: Rung, budget: float) -> None:
 
 
 def train(rung: Rung, per_step: int, budget: list[str]) -> dict[str, Any]:
-    command = ["silicon", "train", "--data", "shakespeare", "--profile", "none", "--json", *budget]
+    command = [sys.executable, "-m", "siliconlm", "train", "--data", "shakespeare", "--profile", "none", "--json", *budget]
     for name, value in rung.layer(per_step).values.items():
         command += ["--set", f"{name}={value}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
