@@ -1,4 +1,4 @@
-"""Train every rung of the plan's ladder for the tokens that a time budget pays for: the runs the loss model is fitted on.
+"""The runs that the plan's loss model is fitted on: every rung of the ladder, for the tokens that a time pays for.
 
     silicon prepare input.txt --name shakespeare --tokenizer char
     python benchmarks/plan_sweep.py rates          # tokens/s of each rung, on an idle machine
@@ -79,7 +79,18 @@ def run(rung: Rung, budget: float) -> None:
 
 
 def train(rung: Rung, per_step: int, budget: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "siliconlm", "train", "--data", "shakespeare", "--profile", "none", "--json", *budget]
+    command = [
+        sys.executable,
+        "-m",
+        "siliconlm",
+        "train",
+        "--data",
+        "shakespeare",
+        "--profile",
+        "none",
+        "--json",
+        *budget,
+    ]
     for name, value in rung.layer(per_step).values.items():
         command += ["--set", f"{name}={value}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

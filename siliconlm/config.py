@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,9 @@ from siliconlm.errors import SiliconError, nearest
 from siliconlm.files import home, write_file
 
 TIME_FORM = "a time is written like 90s, 30m, 2h or 1h30m"
-BUDGETS = ("train.steps", "train.tokens", "train.time")
+MOMENT_FORM = "a moment is written like 07:00 or 2026-11-22 07:00"
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+BUDGETS = ("train.steps", "train.tokens", "train.time", "train.until")
 METADATA = {"sources", "about"}  # tables of a profile that are not settings
 LONGEST_CONTEXT = 1 << 20
 COLDEST = 1e-3  # divided by less, logits overflow
@@ -42,10 +45,9 @@ def seconds(text: object) -> float:
             return math.inf
     if not isinstance(text, str):  # TOML reads 00:10:00 as a time of day
         raise ValueError(TIME_FORM)
-    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
     parts = re.fullmatch(r"\s*(?:([\d.]+)d)?\s*(?:([\d.]+)h)?\s*(?:([\d.]+)m)?\s*(?:([\d.]+)s?)?\s*", text)
     try:
-        values = [float(part) * unit for part, unit in zip(parts.groups(), units.values(), strict=True) if part]  # type: ignore[union-attr]
+        values = [float(part) * unit for part, unit in zip(parts.groups(), UNITS.values(), strict=True) if part]  # type: ignore[union-attr]
     except (AttributeError, ValueError):
         values = []
     if not values:
@@ -53,7 +55,42 @@ def seconds(text: object) -> float:
     return sum(values)
 
 
+def duration(time: float) -> str:
+    """1h30m for 5400: what `seconds` reads back, to the nearest second."""
+    rest, words = round(time), ""
+    for unit, size in UNITS.items():
+        count, rest = divmod(rest, size)
+        words += f"{count}{unit}" if count else ""
+    return words or "0s"
+
+
+def moment(text: object, now: datetime) -> datetime:
+    """The next moment after `now` at which clocks here show `07:00`, or `2026-11-22 07:00`; aware, in local time.
+
+    A time that comes twice, as clocks are put back, is the next of the two; one that is left out is as if they had
+    not been put forward. An aware datetime stays as it is. ValueError for everything else, and for what is past.
+    """
+    if isinstance(text, datetime) and text.tzinfo:
+        return text
+    form = r"\s*(?:(\d{4}-\d\d-\d\d)[ T])?(\d\d?:\d\d)\s*"
+    parts = re.fullmatch(form, text, re.ASCII) if isinstance(text, str) else None
+    if not parts:
+        raise ValueError(MOMENT_FORM)
+    today = now.astimezone().date()
+    try:
+        days = [date.fromisoformat(parts[1])] if parts[1] else [today, today + timedelta(days=1)]
+        clock = datetime.strptime(parts[2], "%H:%M").time()
+        shown = [datetime.combine(day, clock.replace(fold=fold)).timestamp() for day in days for fold in (0, 1)]
+    except (ValueError, OverflowError):
+        raise ValueError(MOMENT_FORM) from None
+    ahead = [time for time in shown if time > now.timestamp()]
+    if not ahead:
+        raise ValueError("it is past")
+    return datetime.fromtimestamp(ahead[0], UTC).astimezone()
+
+
 Duration = Annotated[float, BeforeValidator(seconds)]
+Moment = Annotated[datetime, BeforeValidator(lambda text: moment(text, datetime.now(UTC)))]
 
 
 class Section(BaseModel):
@@ -111,6 +148,7 @@ class TrainConfig(Section):
     steps: int | None = Field(None, ge=1, description="budget in optimiser steps; a run needs one budget")
     tokens: int | None = Field(None, ge=1, description="budget in tokens")
     time: Duration | None = Field(None, gt=0, description="budget in wall time, final evaluation and save included")
+    until: Moment | None = Field(None, description="budget by the clock: train until 07:00, or 2026-11-22 07:00")
     tokens_per_step: int = Field(4096, ge=2, description="tokens of one optimiser step, on every machine")
     schedule: Literal["wsd", "cosine", "constant"] = Field("wsd", description="learning rate over the budget")
     warmup: float = Field(0.02, ge=0, le=1, description="share of the budget spent warming up")
@@ -143,8 +181,13 @@ class MachineConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the matmuls")
     micro_batch: int | None = Field(None, ge=1, description="sequences in memory at once; accumulation does the rest")
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
+    chunked_loss: bool = Field(False, description="never hold all logits at once: less memory, about the same time")
     compile: bool = Field(False, description="torch.compile the blocks (experimental)")
     threads: int = Field(0, ge=0, description="CPU threads; 0 takes the physical cores")
+    on_battery: Literal["continue", "pause"] = Field(
+        "continue", description="without mains power: continue, or pause (save and wait; no train.time is used up)"
+    )
+    fused: bool = Field(True, description="AdamW as one kernel; off only where that kernel is broken")
 
 
 class SampleConfig(Section):
@@ -208,6 +251,12 @@ class RunConfig(Section):
         """A copy with dotted settings changed, e.g. `replace("probe", **{"machine.micro_batch": 8})`."""
         return resolve(*layers_of(self), Layer(source, values))
 
+    def with_time(self, source: str, seconds: float) -> RunConfig:
+        """A copy with a time budget in place of its own. It keeps every other value, also those that are defaults."""
+        train = self.train.model_copy(update={name.split(".")[1]: None for name in BUDGETS} | {"time": seconds})
+        others = {name: words for name, words in self.sources.items() if name not in BUDGETS}
+        return self.model_copy(update={"train": train, "sources": {**others, "train.time": source}})
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -240,7 +289,7 @@ def known_settings() -> dict[str, Any]:
 
 
 def resolve(*layers: Layer) -> RunConfig:
-    """Later layers win. A budget (steps, tokens or time) replaces any other budget of the layers below it."""
+    """Later layers win. A budget (steps, tokens, time or until) replaces any other budget of the layers below it."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     known = known_settings()
@@ -401,5 +450,8 @@ def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     about, sources = tables.get("about"), tables.get("sources")
     if not isinstance(about, dict) or not isinstance(sources, dict):  # the first and the last table: the file is cut
         raise SiliconError("damaged: [about] or [sources] is missing", where=str(path), kind="bad_data")
+    kinds = {"extended_at": float, "deadline": datetime, "tokens_per_s": float}
+    if wrong := [name for name, kind in kinds.items() if name in about and not isinstance(about[name], kind)]:
+        raise SiliconError(f"damaged: about.{wrong[0]} = {about[wrong[0]]!r}", where=str(path), kind="bad_data")
     config = resolve(Layer(str(path), flatten(tables, str(path))))
     return config.model_copy(update={"sources": sources}), about

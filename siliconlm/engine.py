@@ -9,21 +9,26 @@ import math
 import re
 import secrets
 import shlex
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from siliconlm import config as configs
-from siliconlm.config import Layer, RunConfig, SampleConfig
+from siliconlm.config import Layer, MachineConfig, RunConfig, SampleConfig, duration, write_run
 from siliconlm.data.batches import Batches
 from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
 from siliconlm.data.sources import BUILTIN
 from siliconlm.data.tokenizer import Tokenizer, byte_tokenizer
 from siliconlm.errors import SiliconError
-from siliconlm.events import Chosen, Event, Foreseen, Notice, Probed, Resumed, Saved, Started, Tested, Working
+from siliconlm.events import Chosen, Event, Foreseen, Notice, Resumed, Saved, Started, Tested, Working
 from siliconlm.hardware.device import Device, is_out_of_memory, open_device, plain_words
+from siliconlm.hardware.facts import disk_free, processor_share
+from siliconlm.hardware.watch import Watch, awake, read
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
 from siliconlm.model.families import family_of
@@ -36,22 +41,28 @@ from siliconlm.training.checkpoint import (
     create_run,
     find_run,
     free_run_name,
+    kept_bytes,
     read_log,
+    runs_folder,
 )
-from siliconlm.training.loop import evaluate, evaluation_batch, fit
+from siliconlm.training.loop import evaluate, evaluation_batch, evaluation_seconds, fit
 from siliconlm.training.schedule import Budget
 from siliconlm.training.state import TrainState, other_data
-from siliconlm.tuning import profiles, selftest_child
+from siliconlm.tuning import planner, profiles, selftest_child
+from siliconlm.tuning.choose import PROFILE_SECONDS, make_profile, searching, settle
 from siliconlm.tuning.memory import forecast_process
-from siliconlm.tuning.probe import best_of, probe_batches
-from siliconlm.tuning.profiles import PROFILE_SECONDS
+from siliconlm.tuning.search import largest
 from siliconlm.tuning.selftest import INSTEAD
+from siliconlm.tuning.verdicts import gated, open_sound, remembering, tested
 
 DEFAULT_PRESET = "tiny"
 UNMEASURED_TOKENS = 4096  # of a micro-batch that nobody chose and nothing measured
 TOO_MUCH = "Train under another --name with a smaller --set machine.micro_batch=... or --preset; checkpoints are whole."
+UNPROFILED_SECONDS = 600.0  # a planned run shorter than this is not worth a minute of profiling
+BUSY = 0.25  # of the processor, taken by other programs: measurements then tell little
 NO_ROOM = "Close what else uses memory, or choose another --device."
 Stop = Callable[[], str | None]
+T = TypeVar("T")
 
 __all__ = ["BUILTIN", "prepare"]  # that stand elsewhere; the commands find them here
 
@@ -65,6 +76,12 @@ class Request:
     profile: str = "auto"
     assignments: tuple[str, ...] = ()
     flags: tuple[Layer, ...] = ()
+    shape: Layer | None = None  # a plan's choice, in place of a preset
+
+    @property
+    def shape_name(self) -> str:
+        """Preset or planned rung, for the names of runs."""
+        return self.shape.source.split()[-1] if self.shape else Path(self.preset or DEFAULT_PRESET).stem
 
 
 # --- setting up ------------------------------------------------------------------------------------------------------
@@ -72,7 +89,7 @@ class Request:
 
 def resolve_request(request: Request, dataset: Dataset | None, measured: Layer | None = None) -> RunConfig:
     """defaults < preset < profile < --set < flags, with the vocabulary of the data."""
-    layers = [configs.read_profile(request.preset or DEFAULT_PRESET, kind="preset")]
+    layers = [request.shape or configs.read_profile(request.preset or DEFAULT_PRESET, kind="preset")]
     if measured:
         layers.append(measured)
     elif request.profile not in ("auto", "none"):
@@ -129,34 +146,47 @@ def find_data(request: Request) -> Generator[Event, None, Dataset]:
     return open_dataset(name)
 
 
-def tune(request: Request, dataset: Dataset, dry: bool = False) -> Generator[Event, None, RunConfig]:
-    """The config of a request with this machine's settings in it: from the cache, or measured now."""
+def tune(request: Request, dataset: Dataset, dry: bool = False) -> Generator[Event, None, tuple[RunConfig, float]]:
+    """The config of a request with this machine's settings in it, from the cache or measured now, and the tokens/s
+    that were measured with them; 0 where nothing was measured."""
     base = resolve_request(request, dataset)
-    device = open_device(base.machine)
+    device = yield from open_sound(base.machine)
     device.check_model(base.model)
     if request.profile != "auto" or base.machine.micro_batch:
-        return (yield from _fill_machine(base, device))
+        return (yield from _fill_machine(base, device)), 0.0
     found, trouble = profiles.cached(base, device)
     if trouble:
         yield Notice(trouble, "warning")
     if found is None and dry:
         yield Notice("no profile is cached for this model on this machine; training would measure one first")
-        return (yield from _fill_machine(base, device))
+        return (yield from _fill_machine(base, device)), 0.0
     if found is None:
         yield Notice(f"measuring this machine once for this model (at most {PROFILE_SECONDS:.0f} s)")
-        found = yield from profiles.make_profile(base, device)
-        yield Notice(f"profile kept in {profiles.store(found)}")
+        found = yield from _measured(base, device, PROFILE_SECONDS)
     else:
         yield from found.choices
     tuned = resolve_request(request, dataset, found.layer())
-    return (yield from _fill_machine(tuned, open_device(tuned.machine), found.choices))
+    device = yield from open_sound(tuned.machine)
+    return (yield from _fill_machine(tuned, device, found.choices)), found.tokens_per_s
+
+
+def _measured(config: RunConfig, device: Device, seconds: float) -> Generator[Event, None, profiles.Profile]:
+    """A profile measured now and kept. The device's arithmetic is tested before, if it never was."""
+    device = yield from tested(device)
+    config = yield from gated(config, device)
+    if (busy := processor_share()) > BUSY:
+        yield Notice(f"other programs take {busy:.0%} of the processor: the figures will be low", "warning")
+    made = yield from make_profile(config, device, seconds)
+    yield Notice(f"profile kept in {profiles.store(made)}")
+    return made
 
 
 def _fill_machine(config: RunConfig, device: Device, told: Sequence[Chosen] = ()) -> Generator[Event, None, RunConfig]:
     """Put the resolved device, dtype, threads and a micro-batch into the config, so that run.toml says what ran."""
+    config = yield from gated(config, device)
     values: dict[str, Any] = {"machine.device": device.kind, "machine.dtype": device.dtype_name}
     values["machine.threads"] = device.threads
-    most, fault = device.largest_micro_batch(config.model)
+    most, fault = device.largest_micro_batch(config.model, config.machine)
     if most < 1:
         raise SiliconError(
             f"not even one sequence of {config.model.context:,} tokens can be trained on this device: {fault}",
@@ -188,8 +218,8 @@ def _unset(config: RunConfig, name: str) -> bool:
 
 def self_test(device: str | None = None) -> Iterator[Tested]:
     """The device's arithmetic held against the CPU's, for every operation that training and sampling use."""
-    place = open_device(configs.resolve(Layer("--device", {"machine.device": device})).machine)
-    for verdict in selftest_child.self_test(place):
+    place = open_device(_machine(device))
+    for verdict in remembering(place, selftest_child.self_test(place)):
         error = verdict.error if math.isfinite(verdict.error) else None
         remedy = "" if verdict.passed else INSTEAD[verdict.needed]
         yield Tested(verdict.name, verdict.passed, error, verdict.limit, verdict.detail, remedy)
@@ -199,21 +229,25 @@ def self_test(device: str | None = None) -> Iterator[Tested]:
 
 
 def probe_batch(request: Request, seconds: float = PROFILE_SECONDS) -> Iterator[Event]:
-    """Micro-batches tried by real training steps; ends with the choice."""
+    """Micro-batches tried by real training steps; ends with the largest that fits."""
     config, device = yield from _shape(request)
-    rows: list[Probed] = []
-    for row in probe_batches(config, device, seconds):
-        rows.append(row)
-        yield row
-    best = best_of(rows)
-    if best is None:
-        reason = rows[-1].reason if rows else "nothing was tried"
+    config = yield from gated(config, device)
+    deadline = time.monotonic() + seconds
+    search = yield from searching(settle(config, device), device, deadline)
+    yield from search.run(largest)
+    if not search.fitting:
         raise SiliconError(
-            f"not even a micro-batch of 1 trains here: {reason}",
+            f"not even a micro-batch of 1 trains here: {search.limit}",
             fix="Choose a smaller --preset, or --set model.context=... .",
             kind="out_of_memory",
         )
-    yield Chosen("machine.micro_batch", best.micro_batch, "the smallest within 2 % of the best speed")
+    best, quickest = search.fitting[-1], max(search.fitting, key=lambda row: row.tokens_per_s)
+    reason = f"the largest that fits, with {best.memory / 1e9:.2f} GB"
+    if search.limit:
+        reason += f"; {search.ceiling}: {search.limit}"
+    yield Chosen("machine.micro_batch", best.micro_batch, reason)
+    if quickest.tokens_per_s > best.tokens_per_s:
+        yield Notice(f"{quickest.micro_batch} was the fastest of these; silicon profile looks for speed")
 
 
 def profile(request: Request, seconds: float = PROFILE_SECONDS, refresh: bool = False) -> Iterator[Event]:
@@ -228,8 +262,29 @@ def profile(request: Request, seconds: float = PROFILE_SECONDS, refresh: bool = 
         yield from found.choices
         return
     yield from (choice for choice in device.choices if choice.setting == "machine.device")
-    made = yield from profiles.make_profile(config, device, seconds)
-    yield Notice(f"profile kept in {profiles.store(made)}")
+    yield from _measured(config, device, seconds)
+
+
+def export_profile(request: Request, target: Path) -> Iterator[Event]:
+    """Write the profile measured for a request to a file of its own, which `--profile FILE` accepts."""
+    config, device = yield from _shape(request)
+    if target.suffix != ".toml":
+        raise SiliconError(
+            f"--export {target}: the file's name must end with .toml", fix=f"Type --export {target}.toml."
+        )
+    if target.exists():
+        raise SiliconError("there is a file already", where=str(target), fix="Choose another name for --export.")
+    found, trouble = profiles.cached(config, device)
+    if found is None:
+        why = trouble or "nothing is measured yet for this model on this machine"
+        raise SiliconError(why, fix="Type silicon profile with the same options first.", kind="missing_input")
+    yield Notice(f"written: {profiles.export(found, target)}")
+
+
+def list_profiles(device: str | None = None) -> list[dict[str, Any]]:
+    """A row for every measured profile, and whether it is for this machine as it is now."""
+    place = open_device(_machine(device))
+    return list(profiles.all_profiles(profiles.machine_mark(place)))
 
 
 def _shape(request: Request) -> Generator[Event, None, tuple[RunConfig, Device]]:
@@ -242,48 +297,170 @@ def _shape(request: Request) -> Generator[Event, None, tuple[RunConfig, Device]]
         if not config.model.vocab_size:
             config = config.replace("byte tokenizer", **{"model.vocab_size": padded_vocabulary(byte_tokenizer())})
             yield Notice("nothing is prepared yet: measuring with the byte tokenizer's vocabulary")
-    device = open_device(config.machine)
+    device = yield from open_sound(config.machine)
     device.check_model(config.model)
     return config, device
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan(request: Request, refresh: bool = False) -> Iterator[Event]:
+    """For each shape of the ladder what it would reach in the request's time on this machine; one is chosen."""
+    if not _seconds_of(resolve_request(request, None)):
+        raise SiliconError("a plan needs a time", fix="Type --time 30m or --until 07:00.", kind="usage")
+    with (yield from find_data(request)) as dataset:
+        yield from _planned(request, dataset, refresh)
+
+
+def _shaped(request: Request, dataset: Dataset) -> Generator[Event, None, tuple[Request, float]]:
+    """The request with a shape in it: by a plan where a time is given and nothing says which model to train in it.
+
+    With it the tokens/s that the plan measured, 0 where there is no plan.
+    """
+    given = [*configs.parse_assignments(request.assignments).values]
+    if request.profile not in ("auto", "none"):
+        given += configs.read_profile(request.profile).values
+    named = request.preset is not None or any(name.startswith("model.") for name in given)
+    if named or not _seconds_of(resolve_request(request, None)):
+        return request, 0.0
+    return (yield from _planned(request, dataset))
+
+
+def _planned(
+    request: Request, dataset: Dataset, refresh: bool = False
+) -> Generator[Event, None, tuple[Request, float]]:
+    """The request with the plan's shape in it, and the tokens/s that were measured for it."""
+    asked = resolve_request(request, dataset)
+    seconds = _seconds_of(asked)
+    device = yield from open_sound(asked.machine)
+    card = dataset.card["splits"]["val"]
+    task = planner.Task(seconds, dataset.train.count, card["tokens"], dataset.val_bytes / card["tokens"])
+
+    def configure(rung: planner.Rung, per_step: int) -> RunConfig:
+        return resolve_request(replace(request, shape=rung.layer(per_step)), dataset)
+
+    best, rung = yield from planner.plan(device, task, configure, refresh)
+    values = dict(rung.layer(best.tokens_per_step).values)
+    if seconds < UNPROFILED_SECONDS:
+        values["machine.micro_batch"] = best.micro_batch
+    speed = "measured" if best.measured else "estimated"
+    yield Chosen(
+        "model",
+        f"{rung.name} ({best.parameters / 1e6:.2g} M parameters)",
+        f"predicted val_loss {best.val_loss:.2f} after {best.tokens / 1e6:.3g} M tokens, {best.passes:.2g} passes over "
+        f"the data ({best.tokens_per_s:,.0f} tokens/s {speed}); --preset overrules",
+    )
+    return replace(request, shape=Layer(f"plan {rung.name}", values)), best.tokens_per_s if best.measured else 0.0
+
+
+def _seconds_of(config: RunConfig) -> float:
+    """The seconds of a time budget, or until its deadline; 0 for other budgets."""
+    until = config.train.until
+    return (until - datetime.now(UTC)).total_seconds() if until else config.train.time or 0.0
 
 
 # --- train, resume ---------------------------------------------------------------------------------------------------
 
 
 def forecast(request: Request) -> Iterator[Event | RunConfig]:
-    """What `train` would do: the settings (a RunConfig) and the run's shape (a Started). Nothing is measured."""
-    resolve_request(request, None)
+    """What `train` would do: the settings (a RunConfig), the run's shape (a Started) and its needs (a Foreseen).
+
+    Nothing is measured but what a plan needs to name a model.
+    """
+    deadline = resolve_request(request, None).train.until
     with (yield from find_data(request)) as dataset:
         choices: list[Chosen] = []
-        config = yield from _gathering(tune(request, dataset, dry=True), choices)
+        request, planned = yield from _gathering(_shaped(request, dataset), choices)
+        tuned, tokens_per_s = yield from _gathering(tune(request, dataset, dry=True), choices)
+        tokens_per_s = tokens_per_s or planned
+        config = _by_the_clock(tuned, deadline)
         Batches(dataset.train, config.model.context, config.train.seed)
         yield config
         device = open_device(config.machine)
-        yield _started(config, "(dry run)", "", dataset, device, choices)
-        needs = forecast_process(config, device)
-        yield Foreseen(needs.resident or needs.peak, needs.weights, needs.optimizer_state, needs.hazards)
+        budget = Budget.of(config.train, deadline=deadline)
+        yield _started(config, "(dry run)", "", dataset, device, choices, budget)
+        yield from _tell_disk(config)
+        yield _foreseen(config, dataset, device, budget, tokens_per_s)
+
+
+def _foreseen(config: RunConfig, dataset: Dataset, device: Device, budget: Budget, tokens_per_s: float) -> Foreseen:
+    """What a run will need, by a dry run of its step and the speed that was measured for it; 0 where none was."""
+    needs = forecast_process(config, device)
+    tokens = budget.steps * config.train.tokens_per_step if budget.steps else None
+    seconds = budget.seconds
+    if tokens_per_s:
+        evaluating = evaluation_seconds(config, dataset.val.count, budget, tokens_per_s)
+        tokens = tokens or round(tokens_per_s * max(0.0, (seconds or 0.0) - evaluating))
+        seconds = seconds or tokens / tokens_per_s + evaluating
+    return Foreseen(
+        needs.resident or needs.peak,
+        needs.weights,
+        needs.optimizer_state,
+        needs.hazards,
+        tokens,
+        tokens / dataset.train.count if tokens else None,
+        seconds,
+        tokens_per_s or None,
+        kept_bytes(config),
+        disk_free(runs_folder()),
+    )
+
+
+def _tell_disk(config: RunConfig) -> Iterator[Notice]:
+    """Warn where the disk cannot hold the checkpoints of a run."""
+    need, free = kept_bytes(config), disk_free(runs_folder())
+    if free is not None and need > free:
+        room = f"its checkpoints may take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {runs_folder()}"
+        yield Notice(f"the disk may fill up: {room} (fewer are kept with --set train.keep=2)", "warning")
+
+
+def _by_the_clock(config: RunConfig, deadline: datetime | None) -> RunConfig:
+    """The config with the time until its deadline as the budget, where it has a deadline."""
+    if deadline is None:
+        return config
+    left = (deadline - datetime.now(UTC)).total_seconds()
+    if left <= 0:
+        raise SiliconError(
+            f"{deadline:%H:%M} came before training could begin",
+            where=config.sources["train.until"],
+            fix="Choose a later moment; silicon profile measures this machine beforehand.",
+        )
+    return config.with_time(config.sources["train.until"], left)
 
 
 def train(request: Request, name: str | None = None, stop: Stop = lambda: None) -> Iterator[Event]:
     """Start a run: data, settings for this machine, model, loop. Every event is also in the run's log."""
-    resolve_request(request, None)  # a wrong word is refused before any work, and so is a name in use
+    # A wrong word is refused before any work, and so is a name in use. What 07:00 means is read here, once.
+    deadline = resolve_request(request, None).train.until
     if name:
         check_new_run(name)
     with (yield from find_data(request)) as dataset:
         choices: list[Chosen] = []
-        base = resolve_request(request, dataset)
+        request, planned = yield from _gathering(_shaped(request, dataset), choices)
+        base = _by_the_clock(resolve_request(request, dataset), deadline)
         Budget.of(base.train)
         Batches(dataset.train, base.model.context, base.train.seed)  # refuse a context longer than the data at once
         dataset.verify()  # damaged data is refused before a run takes its name
-        config = yield from _gathering(tune(request, dataset), choices)
-        preset = Path(request.preset or DEFAULT_PRESET).stem
-        about = {"dataset": str(dataset.path), "data": dataset.fingerprint, "preset": preset}
-        run = create_run(name or free_run_name(f"{dataset.name}-{preset}"), config, about)
+        tuned, tokens_per_s = yield from _gathering(tune(request, dataset), choices)
+        tokens_per_s = tokens_per_s or planned
+        config = _by_the_clock(tuned, deadline)
+        yield from _tell_disk(config)
+        about: dict[str, Any] = {
+            "dataset": str(dataset.path),
+            "data": dataset.fingerprint,
+            "preset": request.shape_name,
+        }
+        if deadline:
+            about["deadline"] = deadline
+        if tokens_per_s:
+            about["tokens_per_s"] = tokens_per_s
+        run = create_run(name or free_run_name(f"{dataset.name}-{request.shape_name}"), config, about)
         with run.lock():
             yield from _logged(run, _run(run, config, dataset, stop, choices=choices))
 
 
-def _gathering(work: Generator[Event, None, RunConfig], choices: list[Chosen]) -> Generator[Event, None, RunConfig]:
+def _gathering(work: Generator[Event, None, T], choices: list[Chosen]) -> Generator[Event, None, T]:
     """Pass events on and keep the choices among them."""
     while True:
         try:
@@ -295,16 +472,25 @@ def _gathering(work: Generator[Event, None, RunConfig], choices: list[Chosen]) -
         yield event
 
 
-def resume(name: str | None = None, stop: Stop = lambda: None, device: str | None = None) -> Iterator[Event]:
+def resume(
+    name: str | None = None,
+    stop: Stop = lambda: None,
+    device: str | None = None,
+    extend: float | None = None,
+    on_battery: str | None = None,
+) -> Iterator[Event]:
     """Go on with a run exactly where its newest whole checkpoint stands; from the start if it never had one.
 
-    On another `device` than the run was made for it goes on too, but not to the same bits.
+    On another `device` than the run was made for it goes on too, but not to the same bits. `extend` adds seconds to a
+    time budget, or begins a new one after a run that is finished.
     """
     run = find_run(name)
     config, about = run.config()
     if device and device != config.machine.device:
         config = config.replace("--device", **{"machine.device": device, "machine.dtype": "auto"})
         yield Notice(f"going on with {device}: the result will not be the same to the bit", "warning")
+    if on_battery:
+        config = config.replace("--on-battery", **{"machine.on_battery": on_battery})
     with run.lock():
         checkpoint = None
         if run.checkpoints():
@@ -316,7 +502,7 @@ def resume(name: str | None = None, stop: Stop = lambda: None, device: str | Non
             dataset.verify()
             if about.get("data") != dataset.fingerprint:
                 raise other_data(str(dataset.path))
-            yield from _logged(run, _run(run, config, dataset, stop, checkpoint))
+            yield from _logged(run, _run(run, config, dataset, stop, checkpoint, extend=extend))
 
 
 def _dataset_of(config: RunConfig, about: Mapping[str, Any]) -> Dataset:
@@ -332,23 +518,67 @@ def _run(
     stop: Stop,
     checkpoint: Checkpoint | None = None,
     choices: Sequence[Chosen] | None = None,
+    extend: float | None = None,
 ) -> Iterator[Event]:
     """Train from a checkpoint or from the start. `choices` are those a new run was begun with; None resumes one."""
     device = open_device(config.machine)
     state = TrainState.new(config, device)
-    yield _started(config, run.name, str(run.path), dataset, device, choices or [])
     if checkpoint:
         state.restore(checkpoint, dataset.fingerprint)
+    made_for, about = run.config()
+    budget, news = _budget(made_for, about), None
+    if choices is None:
+        budget, news = _renewed(run, budget, state, extend)
+    yield _started(config, run.name, str(run.path), dataset, device, choices or [], budget)
     if choices is None:
         yield Resumed(state.step, str(checkpoint.path) if checkpoint else "")
-        if Budget.of(config.train).done(state.step, state.seconds) >= 1:
-            yield Notice(f"run {run.name} has used its budget of {Budget.of(config.train).describe()}")
+    if news:
+        yield news
     batches = Batches(dataset.train, config.model.context, config.train.seed)
 
     def save() -> Saved:
         return state.save(run, dataset.tokenizer, dataset.fingerprint)
 
-    yield from fit(state, batches, dataset, (run.name, str(run.path)), save, stop)
+    measured = about.get("tokens_per_s", 0.0) if device.kind == made_for.machine.device else 0.0
+    watch = Watch(config.machine.on_battery, partial(read, run.path), state.bytes_to_save(), measured)
+    with awake() as notices:
+        yield from notices
+        yield from fit(state, batches, dataset, budget, (run.name, str(run.path)), save, stop, watch)
+
+
+def _budget(config: RunConfig, about: Mapping[str, Any]) -> Budget:
+    """The budget of a run by its run.toml."""
+    return Budget.of(config.train, about.get("extended_at", 0.0), about.get("deadline"))
+
+
+def _renewed(run: RunFolder, budget: Budget, state: TrainState, extend: float | None) -> tuple[Budget, Notice | None]:
+    """The budget to go on with, and what to say of it. One that has changed is written into run.toml."""
+    now, used_up = datetime.now(UTC), budget.done(state.step, state.seconds) >= 1
+    if extend is not None:
+        renewed = budget.extended(state.step, state.seconds, extend)
+        what = "the learning rate warms up and decays once more" if used_up else f"now {renewed.describe()}"
+        news = Notice(f"extended by {duration(extend)}: {what}")
+    elif used_up:
+        return replace(budget, deadline=None), Notice(f"run {run.name} has used its budget of {budget.describe()}")
+    elif budget.deadline is None:
+        return budget, None
+    else:
+        renewed = budget.resumed(state.seconds, now)
+        moment, left = f"{budget.deadline:%Y-%m-%d %H:%M}", duration(renewed.seconds_left(0.0, state.seconds) or 0.0)
+        if renewed.deadline:
+            news = Notice(f"{left} left until {moment}")
+        else:
+            news = Notice(f"{moment} is past: going on with the {left} that were left of the budget", "warning")
+    _write_budget(run, renewed, "--extend" if extend else "--until")
+    return renewed, news
+
+
+def _write_budget(run: RunFolder, budget: Budget, source: str) -> None:
+    config, about = run.config()
+    assert budget.seconds is not None
+    facts = {"extended_at": budget.start or None, "deadline": budget.deadline}
+    about = {name: value for name, value in (about | facts).items() if value is not None}
+    write_run(run.path / "run.toml", config.with_time(source, budget.seconds), about)
 
 
 def _logged(run: RunFolder, events: Iterator[Event]) -> Iterator[Event]:
@@ -371,7 +601,13 @@ def _telling_out_of_memory(fix: str) -> Iterator[None]:
 
 
 def _started(
-    config: RunConfig, name: str, path: str, dataset: Dataset, device: Device, choices: Sequence[Chosen]
+    config: RunConfig,
+    name: str,
+    path: str,
+    dataset: Dataset,
+    device: Device,
+    choices: Sequence[Chosen],
+    budget: Budget,
 ) -> Started:
     micro = config.machine.micro_batch or 1
     return Started(
@@ -384,7 +620,7 @@ def _started(
         accumulation=config.sequences_per_step // micro,
         tokens_per_step=config.train.tokens_per_step,
         context=config.model.context,
-        budget=Budget.of(config.train).describe(),
+        budget=budget.describe(),
         choices=list(choices),
     )
 
@@ -418,13 +654,18 @@ def open_model(name: str | None, step: int | str | None = None) -> Generator[Eve
     return Opened(model, tokenizer, run, checkpoint.step, checkpoint.path)
 
 
+def _machine(device: str | None) -> MachineConfig:
+    """The machine's settings where only a device can be asked for."""
+    return configs.resolve(Layer("--device", {"machine.device": device})).machine
+
+
 def sample(
     prompt: str, name: str | None, settings: SampleConfig, device: str | None = None, step: int | str | None = None
 ) -> Iterator[Event]:
     """Continue a prompt with a trained model; streams pieces of text."""
     opened = yield from open_model(name, step)
     check_prompt(opened.tokenizer, prompt)
-    place = open_device(configs.resolve(Layer("--device", {"machine.device": device})).machine)
+    place = yield from open_sound(_machine(device), "cached_decoding")
     seed = settings.seed if settings.seed is not None else secrets.randbits(32)
     with _telling_out_of_memory(NO_ROOM):
         opened.model.to(place.torch_device)
@@ -437,14 +678,13 @@ def validate(
 ) -> Iterator[Event]:
     """Loss of a model on the whole validation split of its dataset (or of another with the same tokenizer)."""
     opened = yield from open_model(name, step)
-    machine = Layer("--device", {"machine.device": device})
     if data:
         dataset = open_dataset(data)
     elif opened.run:
         dataset = _dataset_of(*opened.run.config())
     else:
         raise SiliconError("a model folder has no dataset of its own", fix="Type --data NAME.", kind="missing_input")
-    place = open_device(configs.resolve(machine).machine)
+    place = yield from open_sound(_machine(device))
     with dataset, _telling_out_of_memory(NO_ROOM):
         dataset.val.verify()
         if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
@@ -478,7 +718,7 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         "preset": about.get("preset", "-"),
         "parameters": started.get("parameters"),
         "step": max((event.get("step", 0) for event in log), default=0),
-        "budget": Budget.of(config.train).describe(),
+        "budget": _budget(config, about).describe(),
         "val_loss": evaluated["val_loss"] if evaluated else None,
         "val_bpb": evaluated["val_bpb"] if evaluated else None,
         "state": "running" if run.in_use() else "done" if reason == "done" else reason,

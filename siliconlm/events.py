@@ -44,7 +44,12 @@ class Prepared(Event):
 
 @dataclass(frozen=True, slots=True)
 class Probed(Event):
-    """One micro-batch tried by a real training step in a child process. Memory in bytes, speed in tokens/s."""
+    """One setting tried by real training steps in a child process.
+
+    Memory in bytes: `predicted` before the try (0: not forecast) and measured at the peak. `tokens_per_s` is of a whole
+    optimiser step, which takes one `forward_seconds` (both passes) a micro-batch and one `update_seconds`. `burst` is
+    tokens/s as the measurement began. `variant` says what differs from the plain step.
+    """
 
     micro_batch: int
     context: int
@@ -53,6 +58,32 @@ class Probed(Event):
     tokens_per_s: float
     verdict: Literal["fits", "too big", "slower", "failed", "stopped"]
     reason: str = ""
+    variant: str = ""
+    predicted: int = 0
+    forward_seconds: float = 0.0
+    update_seconds: float = 0.0
+    burst: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Planned(Event):
+    """One shape of the ladder: what it would reach in the time, its speed `measured` here or between measured ones.
+
+    Memory in bytes, `val_loss` in nats per token, a prediction. `passes` over the training data.
+    """
+
+    rung: str
+    parameters: int
+    context: int
+    tokens_per_step: int
+    micro_batch: int
+    tokens_per_s: float
+    measured: bool
+    tokens: int
+    passes: float
+    memory: int
+    val_loss: float
+    chosen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +126,22 @@ class Started(Event):
 
 @dataclass(frozen=True, slots=True)
 class Foreseen(Event):
-    """What a run will need, by a dry run without data: bytes at the peak, and faults of the device it would meet."""
+    """What a run will need, by a dry run without data: bytes at the peak, and faults of the device it would meet.
+
+    `tokens`, `passes` over the training split and `seconds` are None where they hang on a speed, `tokens_per_s`, that
+    was not measured. `disk` is the most that its checkpoints take.
+    """
 
     memory: int
     weights: int
     optimizer_state: int
     hazards: list[str] = field(default_factory=list)
+    tokens: int | None = None
+    passes: float | None = None
+    seconds: float | None = None
+    tokens_per_s: float | None = None
+    disk: int = 0
+    disk_free: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

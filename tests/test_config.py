@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 import tomli_w
@@ -16,7 +20,9 @@ from siliconlm.config import (
     Layer,
     RunConfig,
     divisors,
+    duration,
     known_settings,
+    moment,
     parse_assignments,
     profile_names,
     read_profile,
@@ -73,6 +79,17 @@ def test_two_budgets_in_one_layer_contradict_each_other() -> None:
     error = refused(Layer("--steps --time", {"train.steps": 5, "train.time": "1m"}))
     assert error.what == "train.steps and train.time are both given; a run has one budget"
     assert error.where == "--steps --time"
+
+
+def test_a_moment_is_a_budget_like_the_others() -> None:
+    config = resolve(Layer("preset", {"train.steps": 5}), Layer("--until", {"train.until": "07:00"}))
+    assert config.train.steps is None and config.train.until and config.sources == {"train.until": "--until"}
+    assert config.replace("probe", **{"train.seed": 9}).train.until == config.train.until, "read once"
+    timed = config.with_time("--until", 90.0)
+    assert timed.train.model_dump(include={"steps", "tokens", "time", "until"}, exclude_none=True) == {"time": 90.0}
+    assert timed.sources == {"train.time": "--until"}
+    error = refused(Layer("--time --until", {"train.until": "07:00", "train.time": "1m"}))
+    assert error.what == "train.time and train.until are both given; a run has one budget"
 
 
 def test_replace_keeps_the_other_sources() -> None:
@@ -197,6 +214,100 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
     assert "90s, 30m, 2h or 1h30m" in refused(Layer("--time", {"train.time": text})).what
 
 
+@given(st.integers(0, 10**9), st.floats(-0.4, 0.4))
+def test_a_duration_reads_back(whole: int, more: float) -> None:
+    assert seconds(duration(whole + more)) == whole
+
+
+@pytest.fixture
+def live_in() -> Iterator[Callable[[str], ZoneInfo]]:
+    """Sets the clocks of this process to a place."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def move(zone: str) -> ZoneInfo:
+            patch.setenv("TZ", zone)
+            time.tzset()
+            return ZoneInfo(zone)
+
+        yield move
+    time.tzset()
+
+
+PLACES = ["UTC", "America/New_York", "Australia/Lord_Howe", "Asia/Kolkata"]  # Lord Howe's clocks change by 30 minutes
+NEAR_CHANGES = st.sampled_from([(2026, 3, 7), (2026, 11, 1), (2026, 4, 4), (2026, 10, 3), (2028, 2, 29)])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(NEAR_CHANGES, st.integers(0, 48 * 60), st.integers(0, 59), st.times())
+def test_a_moment_is_the_next_at_which_the_clocks_show_it(
+    live_in: Callable[[str], ZoneInfo],
+    place: str,
+    day: tuple[int, int, int],
+    minute: int,
+    second: int,
+    clock: datetime.time,
+) -> None:
+    zone = live_in(place)
+    now = datetime.datetime(*day, tzinfo=UTC) + timedelta(minutes=minute, seconds=second)
+    found = moment(f"{clock:%H:%M}", now)
+    assert found.tzinfo and now < found <= now + timedelta(hours=26)
+    if (shown := found.astimezone(zone)).strftime("%H:%M") == f"{clock:%H:%M}":
+        whole = now.replace(second=0)
+        minutes = (whole + timedelta(minutes=count) for count in range(1, 49 * 60))
+        assert found == next(time for time in minutes if f"{time.astimezone(zone):%H:%M}" == f"{clock:%H:%M}")
+    else:
+        asked = datetime.datetime.combine(shown.date(), clock.replace(second=0, microsecond=0), zone)
+        assert asked.astimezone(UTC) == found, "left out as the clocks were put forward"
+        assert asked.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != asked.replace(tzinfo=None)
+
+
+@pytest.mark.parametrize(
+    ("now", "text", "meant"),
+    [
+        ("2026-03-08T01:00-05:00", "07:00", "2026-03-08T07:00-04:00"),
+        ("2026-03-08T01:00-05:00", "02:30", "2026-03-08T03:30-04:00"),
+        ("2026-11-01T01:10-04:00", "01:30", "2026-11-01T01:30-04:00"),
+        ("2026-11-01T01:40-04:00", "01:30", "2026-11-01T01:30-05:00"),
+        ("2026-11-01T01:40-05:00", " 1:30 ", "2026-11-02T01:30-05:00"),
+        ("2026-07-01T07:00-04:00", "7:00", "2026-07-02T07:00-04:00"),
+        ("2026-10-30T07:00-04:00", "2026-11-22 07:00", "2026-11-22T07:00-05:00"),
+        ("2026-11-01T01:40-04:00", "2026-11-01T01:30", "2026-11-01T01:30-05:00"),
+    ],
+)
+def test_moments_in_new_york(live_in: Callable[[str], ZoneInfo], now: str, text: str, meant: str) -> None:
+    live_in("America/New_York")
+    found, expected = moment(text, datetime.datetime.fromisoformat(now)), datetime.datetime.fromisoformat(meant)
+    assert (found, found.utcoffset()) == (expected, expected.utcoffset())
+
+
+NO_MOMENTS = ["", "25:00", "24:00", "07:60", "7", "0700", "07:00:00", "-7:00", "7:00 pm", "tomorrow", "tomorrow 07:00"]
+NO_MOMENTS += ["2026-11-22", "2026-02-30 07:00", "22.11.2026 07:00", "0001-01-01 00:00", "٠٧:٠٠"]
+NOON = datetime.datetime(2026, 11, 21, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("text", [*NO_MOMENTS, None, 7, 7.5, datetime.time(7), datetime.datetime(2026, 11, 22)])
+def test_what_is_no_moment_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="written like 07:00 or 2026-11-22 07:00"):
+        moment(text, NOON)
+
+
+def test_the_past_is_refused() -> None:
+    with pytest.raises(ValueError, match="past"):
+        moment("2026-11-20 07:00", NOON)
+    assert refused(Layer("--until", {"train.until": "2020-01-01 07:00"})).what.endswith(
+        "'2020-01-01 07:00': it is past"
+    )
+
+
+@given(st.text() | st.from_regex(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}", fullmatch=True))
+def test_no_text_breaks_the_reading_of_a_moment(text: str) -> None:
+    try:
+        assert moment(text, NOON) > NOON
+    except ValueError as error:
+        assert str(error)
+
+
 @pytest.mark.parametrize("text", ["00:10:00", "[1]", "true", "{}", "1979-05-27", "9" * 400])
 def test_toml_that_is_no_duration_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(f"[train]\ntime = {text}")
@@ -258,6 +369,18 @@ def test_a_run_file_comes_back_equal_and_can_be_given_as_a_profile(tmp_path: Pat
     assert set(given_back.sources.values()) == {f"profile {path}"}
 
 
+def test_another_budget_leaves_the_rest_of_a_run_file_as_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path / "run.toml", resolve(Layer("--steps", {"train.steps": 500})), {})
+    text = (tmp_path / "run.toml").read_text().replace("keep = 3", "keep = 7")  # as by a version of other defaults
+    (tmp_path / "run.toml").write_text(text)
+    config, _ = read_run(tmp_path / "run.toml")
+    deadline = datetime.datetime(2026, 11, 22, 7, tzinfo=datetime.timezone(timedelta(hours=1)))
+    write_run(tmp_path / "run.toml", config.with_time("--extend", 90.5), {"deadline": deadline})
+    again, about = read_run(tmp_path / "run.toml")
+    assert again.train == config.train.model_copy(update={"steps": None, "time": 90.5}) and again.train.keep == 7
+    assert (again.model, again.sources, about["deadline"]) == (config.model, {"train.time": "--extend"}, deadline)
+
+
 RUN_FILES = [
     "",
     "x",
@@ -268,6 +391,8 @@ RUN_FILES = [
     "n_layer = 3\n[about]\n[sources]",
     "[about]\n[sources]\n[modl]\nx = 1",
     "[about]\n[sources]\n[model]\nn_layer = {}",
+    "[about]\nextended_at = 'noon'\n[sources]",
+    "[about]\ndeadline = 2026-11-22\n[sources]",
 ]
 
 

@@ -120,9 +120,16 @@ def test_training(shape: str, optimiser: str, device: Device) -> None:
     assert "aten::linalg_vector_norm" in used  # inside aten::_foreach_norm, of which clipping is made
 
 
+def test_the_chunked_loss(device: Device) -> None:
+    used = audited(one_step(configured("qwen3", machine__chunked_loss=True), device))
+    assert {"aten::addmm_", "aten::scatter_add_", "aten::_log_softmax"} <= used
+    assert not used & {"aten::_log_softmax_backward_data", "aten::nll_loss_backward"}  # of the plain loss
+
+
 def test_training_with_everything_on(device: Device) -> None:
     halved = Device("cpu", torch.bfloat16, 1)
     settings = {"model__dropout": 0.1, "machine__checkpointing": True, "train__ema": 0.9, "optim__name": "muon"}
+    settings |= {"machine__chunked_loss": True}
     used = audited(one_step(configured("qwen3", **settings), halved))
     assert {"aten::_to_copy", "aten::lerp_.Scalar"} <= used  # autocast, the weights' average
     assert used & {"aten::bernoulli_.float", "aten::native_dropout"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -154,7 +155,7 @@ def probe_batch(
     from siliconlm.cli import render
 
     request = _request(data, preset, "none", assignments, {"machine.device": device})
-    render.probes(engine.probe_batch(request, _seconds(limit)), json_out)
+    render.probes(engine.probe_batch(request, _seconds("--limit", limit)), json_out)
 
 
 @app.command(epilog="Example: silicon profile --preset small --data shakespeare")
@@ -165,14 +166,52 @@ def profile(
     device: options.Device = None,
     limit: options.Seconds = "60s",
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    export: Annotated[
+        str | None,
+        typer.Option("--export", metavar="FILE", help="Write what was measured to FILE, for --profile FILE."),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show all that was measured, for any model.")] = False,
     json_out: options.Json = False,
 ) -> None:
-    """Measure the best settings for a model and keep them."""
+    """Measure the best settings for a model and keep them.
+
+    Micro-batch, precision, threads, loss in chunks, checkpointing and compiling, by real training steps in child
+    processes. The fastest that fits in memory wins; of equals the smallest.
+    """
+    from pathlib import Path
+
     from siliconlm import engine
     from siliconlm.cli import render
 
     request = _request(data, preset, "none", assignments, {"machine.device": device})
-    render.probes(engine.profile(request, _seconds(limit), refresh), json_out)
+    if list_:
+        render.profiles(engine.list_profiles(device), json_out)
+    elif export:
+        render.notices(engine.export_profile(request, Path(export)), json_out)
+    else:
+        render.probes(engine.profile(request, _seconds("--limit", limit), refresh), json_out)
+
+
+@app.command(epilog="Example: silicon plan --time 30m --data shakespeare")
+def plan(
+    time: Annotated[str | None, typer.Option(metavar="TIME", help="Time to train: 90s, 30m, 2h.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="WHEN", help="Or train until 07:00.")] = None,
+    data: options.Data = None,
+    assignments: options.Set = None,
+    device: options.Device = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False,
+    json_out: options.Json = False,
+) -> None:
+    """Choose a model size for a time: the best that this machine can train in it.
+
+    Measures a few sizes for seconds each (once), and predicts the loss that each would reach. `silicon train --time`
+    without --preset does the same.
+    """
+    from siliconlm import engine
+    from siliconlm.cli import render
+
+    flags = {"train.time": time, "train.until": until, "machine.device": device}
+    render.plan(engine.plan(_request(data, None, "none", assignments, flags), refresh), json_out)
 
 
 @app.command(epilog="Example: silicon train --data shakespeare --preset tiny --time 2m --name first")
@@ -185,11 +224,13 @@ def train(
     steps: Annotated[int | None, typer.Option(metavar="N", help="Train for N steps.")] = None,
     tokens: Annotated[int | None, typer.Option(metavar="N", help="Train for N tokens.")] = None,
     time: Annotated[str | None, typer.Option(metavar="TIME", help="Train for a time: 90s, 30m, 2h.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="WHEN", help="Train until 07:00, or '2026-11-22 07:00'.")] = None,
     name: Annotated[str | None, typer.Option(metavar="RUN", help="Name of the run.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Decides weights, data order and dropout.")] = None,
     assignments: options.Set = None,
     device: options.Device = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all settings and where they come from.")] = False,
+    on_battery: options.OnBattery = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all settings, and what it will take.")] = False,
     json_out: options.Json = False,
 ) -> None:
     """Train a model. Ctrl-C saves; `silicon resume` goes on exactly."""
@@ -198,7 +239,7 @@ def train(
     from siliconlm.cli.signals import Signals
 
     flags: dict[str, object] = {"train.steps": steps, "train.tokens": tokens, "train.time": time}
-    flags |= {"train.seed": seed, "machine.device": device}
+    flags |= {"train.until": until, "train.seed": seed, "machine.device": device, "machine.on_battery": on_battery}
     request = _request(data, preset, profile, assignments, flags)
     if dry_run:
         render.dry_run(engine.forecast(request), json_out)
@@ -208,15 +249,26 @@ def train(
     raise typer.Exit(0 if done else signals.exit_code)
 
 
-@app.command(epilog="Example: silicon resume first")
-def resume(run: options.Run = None, device: options.Device = None, json_out: options.Json = False) -> None:
+@app.command(epilog="Example: silicon resume first --extend 30m")
+def resume(
+    run: options.Run = None,
+    extend: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Give it more time; a finished run warms up again.")
+    ] = None,
+    device: options.Device = None,
+    on_battery: Annotated[
+        str | None, typer.Option(metavar="DO", help="continue or pause. [default: as the run was begun]")
+    ] = None,
+    json_out: options.Json = False,
+) -> None:
     """Go on exactly where a stopped run was saved."""
     from siliconlm import engine
     from siliconlm.cli import render
     from siliconlm.cli.signals import Signals
 
+    extra = None if extend is None else _seconds("--extend", extend)
     with Signals() as signals:
-        done = render.training(engine.resume(run, signals.reason, device), json_out, signals)
+        done = render.training(engine.resume(run, signals.reason, device, extra, on_battery), json_out, signals)
     raise typer.Exit(0 if done else signals.exit_code)
 
 
@@ -313,18 +365,21 @@ def _layers(flags: Mapping[str, object]) -> Iterator[Layer]:
     from siliconlm.config import Layer
 
     given = {name: value for name, value in flags.items() if value is not None}
-    names = " ".join("--" + name.rsplit(".", 1)[1] for name in given)
+    names = " ".join("--" + name.rsplit(".", 1)[1].replace("_", "-") for name in given)
     if given:
         yield Layer(names, given)
 
 
-def _seconds(text: str) -> float:
+def _seconds(flag: str, text: str) -> float:
     from siliconlm.config import seconds
 
     try:
-        return seconds(text)
+        time = seconds(text)
     except ValueError as error:
-        raise SiliconError(f"--limit {text}: {error}") from None
+        raise SiliconError(f"{flag} {text}: {error}") from None
+    if not 0 < time < math.inf:
+        raise SiliconError(f"{flag} {text}: it must be more than nothing, and finite")
+    return time
 
 
 def _step(text: str | None) -> int | str | None:

@@ -16,6 +16,10 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. train.save_every=100. Repeatable."),
 ]
 Device = Annotated[str | None, typer.Option(metavar="D", help="cuda, mps or cpu. [default: the best there is]")]
+OnBattery = Annotated[
+    str | None,
+    typer.Option(metavar="DO", help="Without mains power: continue, or pause (save and wait). [default: continue]"),
+]
 Seconds = Annotated[str, typer.Option("--limit", metavar="TIME", help="Longest time to measure for.")]
 Run = Annotated[str | None, typer.Argument(metavar="RUN", help="A run by name or folder. [default: the latest]")]
 Step = Annotated[str | None, typer.Option(metavar="N", help="A checkpoint by its step, or best. [default: the newest]")]

@@ -63,6 +63,11 @@ def number(count: float) -> str:
     return f"{count:.0f}"
 
 
+def few(count: float) -> str:
+    """0.47, 4.6, 35, 1.3 k."""
+    return f"{count:.2g}" if count < 100 else number(count)
+
+
 def printable(text: str) -> str:
     """Model output for a terminal: control characters that could steer it become visible."""
     return "".join(c if c in "\n\t" or c.isprintable() else repr(c)[1:-1] for c in text)
@@ -190,7 +195,7 @@ def probes(events: Iterable[ev.Event], json_out: bool) -> None:
                 if live:
                     view.update(probe_table(rows), refresh=True)
                 elif not json_out:
-                    err.print(f"probed micro-batch {event.micro_batch}: {event.verdict}")
+                    err.print(f"probed {probe_words(event)}: {event.verdict}")
             elif isinstance(event, ev.Chosen):
                 choices.append(event)
     if json_out:
@@ -201,6 +206,32 @@ def probes(events: Iterable[ev.Event], json_out: bool) -> None:
         out.print(
             Text(f"{item.setting} = {item.value}  ", style="bold").append(Text(item.reason, style="not bold dim"))
         )
+
+
+def notices(events: Iterable[ev.Event], json_out: bool) -> None:
+    """Results that are a sentence."""
+    for event in events:
+        if isinstance(event, ev.Notice):
+            as_json(event.as_json()) if json_out else out.print(event.message)
+
+
+def profiles(rows: list[dict[str, Any]], json_out: bool) -> None:
+    if json_out:
+        as_json({"profiles": rows})
+        return
+    if not rows:
+        out.print("nothing is measured yet: silicon profile")
+        return
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    for name in ("model", "device", "power", "micro-batch", "dtype", "tokens/s", "state", "file"):
+        table.add_column(name, justify="right" if name in ("micro-batch", "tokens/s") else "left", overflow="fold")
+    for row in rows:
+        settings = row.get("settings", {})
+        micro, dtype = settings.get("machine.micro_batch", "-"), settings.get("machine.dtype", "-")
+        rate = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "-"
+        cells = (str(row.get(name, "-")) for name in ("shape", "device", "power"))
+        table.add_row(*cells, str(micro), str(dtype), rate, row["state"], Text(row["file"], style="dim"))
+    out.print(table)
 
 
 class nothing:
@@ -215,17 +246,63 @@ class nothing:
 
 def probe_table(rows: list[ev.Probed]) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 1))
-    for name in ("micro-batch", "tokens", "dtype", "peak memory", "tokens/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("micro-batch", "tokens", "setting", "predicted", "measured", "tokens/s"):
+        table.add_column(name, justify="left" if name == "setting" else "right", no_wrap=name != "setting")
     table.add_column("verdict", overflow="fold")
     for row in rows:
-        memory = size(row.memory) if row.memory else "-"
+        predicted, measured = (size(count) if count else "-" for count in (row.predicted, row.memory))
         rate = f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "-"
         verdict = row.verdict + (f": {row.reason}" if row.reason else "")
         style = "green" if row.verdict == "fits" else "yellow"
-        cells = (str(row.micro_batch), str(row.micro_batch * row.context), row.dtype, memory, rate)
+        cells = (
+            str(row.micro_batch),
+            str(row.micro_batch * row.context),
+            setting_words(row),
+            predicted,
+            measured,
+            rate,
+        )
         table.add_row(*cells, Text(verdict, style=style))
     return table
+
+
+def setting_words(row: ev.Probed) -> str:
+    return ", ".join(word for word in (row.dtype, row.variant) if word)
+
+
+def probe_words(row: ev.Probed) -> str:
+    return f"micro-batch {row.micro_batch} ({setting_words(row)})"
+
+
+def plan(events: Iterable[ev.Event], json_out: bool) -> None:
+    """The ladder of shapes, and the choice."""
+    rows: list[ev.Planned] = []
+    choices: list[ev.Chosen] = []
+    for event in bars(events, json_out):
+        if isinstance(event, ev.Planned):
+            rows.append(event)
+        elif isinstance(event, ev.Chosen):
+            choices.append(event)
+        elif isinstance(event, ev.Probed) and not json_out:
+            rate = f"{event.tokens_per_s:,.0f} tokens/s" if event.tokens_per_s else event.reason
+            err.print(Text(f"  {event.variant}: {event.verdict}, {rate}", style="dim"))
+    if json_out:
+        as_json({"plan": [row.as_json() for row in rows], "choices": [item.as_json() for item in choices]})
+        return
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    for name in ("model", "size", "context", "tokens/s", "tokens", "passes", "memory", "val_loss"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for row in rows:
+        speed = f"{row.tokens_per_s:,.0f}" if row.measured else f"~{row.tokens_per_s:,.0f}"
+        figures = (number(row.parameters), str(row.context), speed, number(row.tokens), few(row.passes))
+        memory = ("" if row.measured else "~") + size(row.memory)
+        style = "bold green" if row.chosen else ""
+        name = ("→ " if row.chosen else "  ") + row.rung
+        table.add_row(name, *figures, memory, f"{row.val_loss:.3f}", style=style)
+    out.print(table)
+    out.print(Text("~ between measured ones; val_loss is a prediction in nats per token", style="dim"))
+    for item in choices:
+        choice(item)
 
 
 def dry_run(forecast: Iterable[ev.Event | configs.RunConfig], json_out: bool) -> None:
@@ -253,10 +330,29 @@ def dry_run(forecast: Iterable[ev.Event | configs.RunConfig], json_out: bool) ->
         table.add_row(Text(name, style="bold"), str(value), Text(config.sources.get(name, "default"), style="dim"))
     out.print(table)
     out.print(describe(started))
-    out.print(f"about {size(foreseen.memory)} of memory at the peak (a forecast)")
+    out.print(forecast_table(foreseen))
     for hazard in foreseen.hazards:
         out.print(Text(hazard, style="yellow"))
     out.print("dry run: nothing was trained")
+
+
+def forecast_table(foreseen: ev.Foreseen) -> Table:
+    """What a run will take: time, tokens, memory and disk."""
+    rate = foreseen.tokens_per_s
+    time = "not measured" if foreseen.seconds is None else configs.duration(foreseen.seconds)
+    if rate:
+        time += f", evaluations included, at the measured {rate:,.0f} tokens/s"
+    tokens = "not measured"
+    if foreseen.tokens is not None and foreseen.passes is not None:
+        passes = f"{foreseen.passes:.2g}" if foreseen.passes < 10 else f"{foreseen.passes:,.0f}"
+        tokens = f"{number(foreseen.tokens)}, {passes} passes over the data"
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_row(Text("time", style="bold"), time)
+    table.add_row(Text("tokens", style="bold"), tokens)
+    table.add_row(Text("memory", style="bold"), f"about {size(foreseen.memory)} at the peak")
+    free = "" if foreseen.disk_free is None else f", {size(foreseen.disk_free)} are free"
+    table.add_row(Text("disk", style="bold"), f"at most {size(foreseen.disk)} of checkpoints{free}")
+    return table
 
 
 def describe(started: ev.Started) -> str:
@@ -348,7 +444,7 @@ class TrainingView:
             choice(event)
         elif isinstance(event, ev.Probed):
             rate = f"{event.tokens_per_s:,.0f} tokens/s, {size(event.memory)}" if event.memory else event.reason
-            err.print(Text(f"  micro-batch {event.micro_batch}: {event.verdict}, {rate}", style="dim"))
+            err.print(Text(f"  {probe_words(event)}: {event.verdict}, {rate}", style="dim"))
         elif isinstance(event, ev.Started):
             err.print(describe(event))
             err.print(Text(f"run {event.run}: {event.path}", style="dim"))

@@ -6,11 +6,12 @@ Every choice carries its reason. Facts about Apple GPUs cite the PyTorch issue t
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Device:
     dtype: torch.dtype
     threads: int
     choices: list[Chosen] = field(default_factory=list)
+    faults: Mapping[str, str] = field(default_factory=dict)  # what the self-test found broken here, with the reason
 
     @property
     def torch_device(self) -> torch.device:
@@ -99,15 +101,22 @@ class Device:
             return int(0.9 * torch.mps.recommended_max_memory())
         return int(0.8 * (memory(sys.platform == "darwin")[1] + psutil.Process().memory_info().rss))
 
-    def cap_memory(self, fraction: float) -> None:
+    def cap_memory(self, fraction: float, room: int | None = None) -> None:
         """Make allocations beyond `fraction` of the recommended memory fail instead of swapping.
 
-        Metal's default is 1.7 times the recommendation, more than a small Mac has.
+        Metal's default is 1.7 times the recommendation, more than a small Mac has. On a CPU `room` is how many bytes
+        of address space this process may still take, where the system can hold it to that (Linux).
         """
         if self.kind == "cuda":
             torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0))
         elif self.kind == "mps" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
             torch.mps.set_per_process_memory_fraction(float(fraction))
+        elif self.kind == "cpu" and room is not None and sys.platform == "linux":
+            import resource
+
+            _, hard = resource.getrlimit(resource.RLIMIT_AS)
+            limit = psutil.Process().memory_info().vms + room
+            resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
     def checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """Run a block so that the backward pass recomputes it, with the same dropout both times.
@@ -126,23 +135,38 @@ class Device:
         """Whether tensors count as resident memory of the process, which then can be watched from outside."""
         return self.kind == "cpu"
 
-    def largest_micro_batch(self, model: ModelConfig) -> tuple[int, str]:
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether attention keeps all its scores for the backward pass, as it does on Apple GPUs."""
+        return self.kind == "mps"
+
+    @property
+    def wrong_long_matmuls(self) -> bool:
+        """Whether long matmuls come out wrong here: known of the chip and torch, or found by the self-test."""
+        return self.kind == "mps" and ("long_matmul" in self.faults or wrong_long_matmuls())
+
+    def in_main_memory(self) -> Device:
+        """A stand-in whose tensors live in main memory: where fake tensors of an Apple GPU cannot go backward."""
+        return replace(self, kind="cpu")
+
+    def largest_micro_batch(self, model: ModelConfig, machine: MachineConfig | None = None) -> tuple[int, str]:
         """The most sequences the device's known faults allow, with the fault; (a very large number, "") if none.
 
         0 where already one sequence is too long.
         """
         if self.kind != "mps":
             return sys.maxsize, ""
-        logits = LARGEST_TENSOR // (model.context * model.vocab_size * 4 + 1)
+        vocab_size = 0 if machine and machine.chunked_loss else model.vocab_size  # a chunk's logits are small
+        logits = LARGEST_TENSOR // (model.context * vocab_size * 4 + 1)
         scores = LARGEST_TENSOR // (model.n_head * model.context**2 * 4 + 1)
         limits = [(min(logits, scores), "a tensor of 4 GiB can abort the process on Apple GPUs (pytorch#149325)")]
-        if wrong_long_matmuls():
+        if self.wrong_long_matmuls:
             limits.append((MATMUL_CAP // model.context, _long_matmul_reason()))
         return min(limits)
 
     def check_model(self, model: ModelConfig) -> None:
         """Refuse to train a shape whose gradients would be silently wrong on this device."""
-        if self.kind == "mps" and wrong_long_matmuls() and model.vocab_size > MATMUL_CAP:
+        if self.wrong_long_matmuls and model.vocab_size > MATMUL_CAP:
             raise SiliconError(
                 f"a vocabulary of {model.vocab_size:,} gives wrong gradients here: {_long_matmul_reason()}",
                 fix="Prepare with --vocab-size 32000, use torch 2.14 or newer, or --device cpu.",
@@ -301,6 +325,27 @@ def bfloat16_speed(kind: str, size: int = 512) -> float:
             wait()
             took[dtype] = time.perf_counter() - start
     return took[torch.float32] / took[torch.bfloat16]
+
+
+def other_dtypes(device: Device) -> Iterator[tuple[str, str]]:
+    """Precisions to measure beside the device's own, each with the reason why it need not be ("" if it must)."""
+    if device.kind == "cpu" and device.dtype == torch.float32:
+        speed = bfloat16_speed(device.kind)
+        yield "bfloat16", f"a bfloat16 matmul took {1 / speed:.1f} times as long here" if speed < 1 else ""
+    elif device.kind == "mps" and device.dtype == torch.float32:
+        yield "bfloat16", ""
+        yield "float16", ""
+    elif device.kind == "cuda" and device.dtype != torch.float32:
+        yield "float32", ""
+
+
+def can_compile(device: Device) -> str:
+    """Why torch.compile has nothing to work with here; "" where it has."""
+    if device.kind == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "there is no C++ compiler"
+    if device.kind == "mps":
+        return "torch.compile is a prototype on Apple GPUs (pytorch#150121)"
+    return ""
 
 
 def _keep_mps_generator() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -231,6 +231,11 @@ def power(mac: bool) -> tuple[PowerSource | None, int | None]:
     return "AC" if battery.power_plugged else "battery", round(battery.percent)
 
 
+def processor_share(seconds: float = 0.3) -> float:
+    """The share of all cores that is busy, measured for a moment."""
+    return psutil.cpu_percent(interval=seconds) / 100
+
+
 def usable_cores() -> int:
     """Logical cores this process may run on: the scheduler's affinity, and the container's quota rounded up."""
     process = psutil.Process()

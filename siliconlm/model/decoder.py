@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliconlm.config import ModelConfig
+from siliconlm.model.loss import chunk_rows, chunked_loss
 
 Checkpoint = Callable[..., Any]
 
@@ -59,9 +60,23 @@ class Decoder(nn.Module):
         return self.lm_head(self.model(ids_BT, cache))
 
     def losses(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy of each target in nats, float32 [B, T]; 0 where the target is -100."""
-        logits_NV = self.forward(ids_BT).flatten(0, 1).float()
-        return F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=-100, reduction="none").view_as(targets_BT)
+        """Cross-entropy of each target in nats, float32 [B, T]; 0 where the target is -100.
+
+        Without gradients it never holds more logits than a chunk's (see loss.py).
+        """
+        x_NC, targets_N = self.model(ids_BT).flatten(0, 1), targets_BT.flatten()
+        rows = len(x_NC) if torch.is_grad_enabled() else chunk_rows(self.config.vocab_size)
+        parts = [
+            F.cross_entropy(self.lm_head(x_RC).float(), targets_R, ignore_index=-100, reduction="none")
+            for x_RC, targets_R in zip(x_NC.split(rows), targets_N.split(rows), strict=True)
+        ]
+        return torch.cat(parts).view_as(targets_BT)
+
+    def loss(self, ids_BT: Tensor, targets_BT: Tensor, chunked: bool = False) -> Tensor:
+        """The sum of `losses`. `chunked`: by chunks with gradients too, which changes only rounding."""
+        if not chunked or not torch.is_grad_enabled():
+            return self.losses(ids_BT, targets_BT).sum()
+        return chunked_loss(self.model(ids_BT).flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

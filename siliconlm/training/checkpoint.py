@@ -35,6 +35,7 @@ from siliconlm.config import RunConfig, read_run, write_run
 from siliconlm.errors import SiliconError, nearest
 from siliconlm.events import Event, Saved
 from siliconlm.files import home, remove_folder, sha256, staged_folder, sweep
+from siliconlm.model.decoder import count_parameters
 from siliconlm.model.weights import read_tensors, write_bytes, write_tensors
 
 FORMAT = 1
@@ -262,6 +263,16 @@ class RunFolder:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """An estimate of a checkpoint's size: weights and at most two moments in float32, and the weights' average."""
+    return count_parameters(config.model) * 4 * (4 if config.train.ema else 3)
+
+
+def kept_bytes(config: RunConfig) -> int:
+    """The most that the checkpoints of a run take: the newest, the best, and one that is being written."""
+    return (config.train.keep + 2) * checkpoint_bytes(config)
 
 
 def versions() -> dict[str, str]:

@@ -17,8 +17,9 @@ from siliconlm.data.batches import IGNORED, Batches, evaluation_windows
 from siliconlm.data.prepare import Dataset
 from siliconlm.data.shards import Tokens
 from siliconlm.errors import SiliconError
-from siliconlm.events import Evaluated, Event, Finished, Progress, Saved, Step, Working
+from siliconlm.events import Evaluated, Event, Finished, Notice, Progress, Saved, Step, Working
 from siliconlm.hardware.device import Device
+from siliconlm.hardware.watch import Watch
 from siliconlm.model.decoder import Decoder
 from siliconlm.training import optim
 from siliconlm.training.schedule import Budget, lr_scale
@@ -31,6 +32,7 @@ EVALUATION_SHARE = 0.03  # of a time budget, spent on evaluations before the las
 SAVE_SECONDS = 300.0
 SAVE_SPEED = 300e6  # bytes per second, guessed until a save is measured
 EVALUATION_SPEED = 2.0  # guessed ratio of evaluation to training speed, until it is measured
+DEADLINE_SPARE = 1.0  # seconds: a deadline, unlike a length of time, is not to be passed
 FINAL_EVALUATION_SHARE = 0.1  # of a time budget, at most
 
 
@@ -60,7 +62,7 @@ def accumulate(state: TrainState, sequences: Tokens) -> Tensor:
         device.seed(_mixed(config.train.seed, state.step, index))
         ids, targets = to_device(sequences[start : start + micro], device)
         with device.autocast():
-            part = state.model.losses(ids, targets).sum() / total
+            part = state.model.loss(ids, targets, config.machine.chunked_loss) / total
         (state.scaler.scale(part) if state.scaler else part).backward()
         loss += part.detach()
     return loss
@@ -81,7 +83,7 @@ def update(state: TrainState, lr: float) -> Tensor:
     train, scaler = state.config.train, state.scaler
     optim.set_lr(state.optimisers, lr)
     for optimiser in state.optimisers if scaler else []:
-        scaler.unscale_(optimiser)  # type: ignore[union-attr]
+        scaler.unscale_(optimiser)  # type: ignore[union-attr, arg-type]  # it reads `param_groups` alone
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), train.grad_clip or math.inf)
     # float16 overflows now and then. Clipping spreads that to every gradient, so no optimiser may step.
     if scaler is None or bool(torch.isfinite(norm)):
@@ -141,15 +143,30 @@ def evaluation_batch(context: int, micro_batch: int | None = None) -> int:
     return max(micro_batch or 1, EVALUATION_TOKENS // context)
 
 
+def evaluation_seconds(config: RunConfig, val_tokens: int, budget: Budget, tokens_per_s: float) -> float:
+    """A forecast of what all evaluations of a run take, for a validation split and a training speed."""
+    train, rate = config.train, EVALUATION_SPEED * tokens_per_s
+    one, last = min(train.eval_tokens, val_tokens) / rate, val_tokens / rate
+    if budget.steps is not None:
+        count = budget.steps // train.eval_every if train.eval_every else min(EVALUATIONS, budget.steps)
+        return count * one + last
+    affordable = EVALUATION_SHARE * budget.span
+    return min(EVALUATIONS * one, max(2 * one, affordable)) + min(last, FINAL_EVALUATION_SHARE * budget.span)
+
+
 @dataclass(slots=True)
 class Clock:
-    """Wall time used by the run, over all its sessions, and what the final evaluation and save will take."""
+    """Wall time used by the run, over all its sessions, and what the final evaluation and save will take.
+
+    Time asleep is used too; time spent waiting for mains power is not.
+    """
 
     budget: Budget
     before: float
+    now: Callable[[], float]  # goes on while the computer sleeps
+    started: float
     eval_rate: float = 0.0  # validation tokens per second
     save_seconds: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
     flushed: float = field(default_factory=time.perf_counter)
     saved: float = field(default_factory=time.perf_counter)
     tokens_flushed: int = 0
@@ -158,7 +175,10 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.started
+        """Until a deadline, the clock on the wall tells, and nothing can be waited for."""
+        if self.budget.seconds is not None and self.budget.deadline is not None:
+            return self.budget.seconds - (self.budget.deadline.timestamp() - time.time())
+        return self.before + self.now() - self.started
 
     @property
     def rate(self) -> float:
@@ -175,6 +195,7 @@ class Loop:
     dataset: Dataset
     save: Callable[[], Saved]
     stop: Callable[[], str | None]
+    watch: Watch
     clock: Clock
     saved_step: int
     pending: list[tuple[int, int, float, Tensor, Tensor]] = field(default_factory=list)
@@ -193,12 +214,16 @@ class Loop:
         return self.clock.eval_rate or EVALUATION_SPEED * self.clock.rate
 
     def reserve(self) -> float:
-        """Seconds to keep for the end of a time budget: the final evaluation and save."""
+        """Seconds to keep for the end of a time budget: the evaluation of the last checkpoint, its save, and the final
+        evaluation, unless the first has used all windows already."""
         if self.clock.budget.seconds is None:
             return 0.0
-        rate = self.evaluation_rate()
-        evaluation = self.dataset.val.count / rate if rate else 0.0
-        return min(evaluation, FINAL_EVALUATION_SHARE * self.clock.budget.seconds) + self.clock.save_seconds
+        windows, rate = self.subset(), self.evaluation_rate()
+        if windows < self.windows:
+            windows += self.final_windows() or self.windows
+        evaluation = windows * self.config.model.context / rate if rate else 0.0
+        spare = DEADLINE_SPARE + self.step_seconds if self.clock.budget.deadline else 0.0
+        return evaluation + self.clock.save_seconds + spare
 
     def done(self) -> float:
         """The share of the budget that is used; of a time budget, with half of the step that would come next."""
@@ -234,9 +259,11 @@ class Loop:
         clock.train_seconds += seconds
         clock.flushed, clock.tokens_flushed = now, self.state.tokens
         done, used = self.done(), clock.seconds
-        left = clock.budget.seconds_left(done, used)
+        # The pace of steps is that of this session: neither an old one nor a night asleep tells how the rest goes.
+        left = clock.budget.seconds_left(done, used if clock.budget.seconds else self.state.tokens / clock.rate)
         memory = self.state.device.peak_memory()
         yield Progress(self.state.step, self.state.tokens, values[-1][0], tokens / seconds, memory, done, used, left)
+        yield from self.watch.look(tokens / seconds)
 
     def compare(self) -> Generator[Event, None, Evaluated]:
         """Evaluate on the windows that all evaluations of a run share: what its checkpoints are compared by."""
@@ -285,6 +312,25 @@ class Loop:
         self.saved_step = self.state.step
         yield saved
 
+    def checkpoint_evaluated(self) -> Iterator[Event]:
+        """Save, with a validation loss to compare the checkpoint by."""
+        if self.state.val_loss is None:
+            yield from self.compare()
+        yield from self.checkpoint()
+
+    def pause(self) -> Generator[Event, None, str | None]:
+        """Save, then wait for mains power or a reason to stop, which is returned."""
+        if self.saved_step != self.state.step:
+            yield from self.checkpoint_evaluated()
+        begun = self.clock.now()
+        yield Notice(f"on battery: paused at step {self.state.step:,}, which is saved, until mains power is back")
+        stopped = self.watch.wait(self.stop)
+        self.clock.started += self.clock.now() - begun
+        self.clock.saved = self.clock.flushed = time.perf_counter()
+        if not stopped:
+            yield Notice("on mains power again: going on")
+        return stopped
+
     def subset(self) -> int:
         """Windows of an evaluation during training: the same ones each time."""
         return max(1, self.config.train.eval_tokens // self.config.model.context)
@@ -293,7 +339,7 @@ class Loop:
         """All windows; fewer only where a time budget would burst. A run that is only opened again has no speed."""
         if self.clock.budget.seconds is None or not self.evaluation_rate():
             return None
-        affordable = FINAL_EVALUATION_SHARE * self.clock.budget.seconds * self.evaluation_rate()
+        affordable = FINAL_EVALUATION_SHARE * self.clock.budget.span * self.evaluation_rate()
         windows = int(affordable // self.config.model.context)
         return None if windows >= self.windows else max(1, windows)
 
@@ -308,7 +354,7 @@ class Loop:
         """How many to make: of a time budget, as many as a small share of it pays for, but at least two."""
         if self.clock.budget.seconds is None:
             return EVALUATIONS
-        affordable = EVALUATION_SHARE * self.clock.budget.seconds * self.evaluation_rate()
+        affordable = EVALUATION_SHARE * self.clock.budget.span * self.evaluation_rate()
         affordable /= self.config.train.eval_tokens
         return min(EVALUATIONS, max(2, int(affordable)))
 
@@ -337,20 +383,23 @@ def fit(
     state: TrainState,
     batches: Batches,
     dataset: Dataset,
+    budget: Budget,
     run: tuple[str, str],
     save: Callable[[], Saved],
     stop: Callable[[], str | None],
+    watch: Watch,
 ) -> Iterator[Event]:
-    """Train until the budget is used or `stop()` gives the name of a reason; asked after each step.
+    """Train until `budget` is used or `stop()` gives the name of a reason; asked after each step.
 
     Yields a Step for every optimiser step, Progress about twice a second, Evaluated and Saved when due, and ends with
     Finished. `run` is the name and folder for that last record. What is due at a step is done before a stop, so that
     a run cut in two evaluates and saves where a straight one does. The last checkpoint is committed before the last
-    evaluation, which may take long.
+    evaluation, which may take long. What `watch` notices is told as Notices; where it says so, the run waits, saved,
+    for mains power.
     """
-    clock = Clock(Budget.of(state.config.train), state.seconds, tokens_flushed=state.tokens)
+    clock = Clock(budget, state.seconds, watch.sleepless, watch.sleepless(), tokens_flushed=state.tokens)
     clock.save_seconds = state.bytes_to_save() / SAVE_SPEED
-    loop = Loop(state, batches, dataset, save, stop, clock, state.step)
+    loop = Loop(state, batches, dataset, save, stop, watch, clock, state.step)
     stopped: str | None = None
     result: Evaluated | None = None
     while not stopped and (before := loop.done()) < 1:
@@ -361,10 +410,10 @@ def fit(
         if after < 1 and loop.evaluation_due(before, after):
             yield from loop.compare()
         if after < 1 and loop.save_due():
-            if state.val_loss is None:
-                yield from loop.compare()
-            yield from loop.checkpoint()
+            yield from loop.checkpoint_evaluated()
         stopped = stop()
+        if after < 1 and watch.pauses and not stopped:
+            stopped = yield from loop.pause()
     yield from loop.flush()
     if loop.saved_step != state.step:
         if not stopped:

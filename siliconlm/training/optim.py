@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from siliconlm.config import OptimConfig
+
+Group = dict[str, Any]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients, Jordan et al. 2024
 
@@ -29,7 +34,66 @@ def orthogonalise(matrices_NRC: Tensor, steps: int = 5, dtype: torch.dtype = tor
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Optimiser(ABC):
+    """Parameter groups, and state by parameter. In a group, `lr` is the rate now and `peak_lr` what a schedule scales.
+
+    Not a torch.optim.Optimizer: making or stepping one imports torch's compiler, which takes more than a second.
+    """
+
+    def __init__(self, groups: Iterable[Group], lr: float) -> None:
+        self.param_groups: list[Group] = [{"lr": lr, "peak_lr": lr, **group} for group in groups]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+
+    @abstractmethod
+    def step(self) -> None:
+        """Move the parameters by their gradients."""
+
+
+class AdamW(Optimiser):
+    """AdamW (Loshchilov & Hutter 2019) by torch's kernels. Groups hold `params` and `weight_decay`.
+
+    Parameters without a gradient stay as they are. `fused` is one kernel for all tensors; otherwise plain operators
+    work on one tensor after the other.
+    """
+
+    def __init__(
+        self, groups: Iterable[Group], lr: float, beta1: float, beta2: float, eps: float, fused: bool = True
+    ) -> None:
+        super().__init__(groups, lr)
+        self.beta1, self.beta2, self.eps, self.fused = beta1, beta2, eps, fused
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            # A fused kernel counts steps beside the weights; the plain operators read the count on the host.
+            self.state[weight] = {
+                "step": torch.zeros((), device=weight.device if fused else None),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            states = [self.state[weight] for weight in weights]
+            adamw(
+                weights,
+                [weight.grad for weight in weights],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                foreach=False,
+                fused=self.fused,
+                amsgrad=False,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=self.eps,
+                maximize=False,
+            )
+
+
+class Muon(Optimiser):
     """Momentum orthogonalised by Newton-Schulz, for the matrices inside the blocks (Jordan et al. 2024).
 
     The update is torch.optim.Muon's (Nesterov momentum, learning rate times sqrt(max(1, rows/columns)), decoupled
@@ -46,9 +110,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__([{"params": list(params), "momentum": momentum, "weight_decay": weight_decay}], lr)
         self.dtype = dtype
-        self.stacks: list[tuple[dict[str, float], list[nn.Parameter], Tensor]] = []
+        self.stacks: list[tuple[Group, list[nn.Parameter], Tensor]] = []
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for weight in group["params"]:
@@ -60,7 +124,7 @@ class Muon(torch.optim.Optimizer):
                 self.stacks.append((group, weights, momentum_NRC))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group, weights, momentum_NRC in self.stacks:
             gradients_NRC = torch.stack([weight.grad for weight in weights])  # type: ignore[misc]
             momentum_NRC.lerp_(gradients_NRC, 1 - group["momentum"])
@@ -71,8 +135,8 @@ class Muon(torch.optim.Optimizer):
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 
-def build(model: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Optimisers over all trained parameters. Each group carries its `peak_lr`, which the schedule scales.
+def build(model: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype, fused: bool = True) -> list[Optimiser]:
+    """Optimisers over all trained parameters, their state made.
 
     Matrices inside blocks go to Muon; embeddings, output head, norms and biases to AdamW. Only matrices decay.
     """
@@ -84,19 +148,10 @@ def build(model: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype) -> list
         {"params": [weight for weight in others if weight.dim() >= 2], "weight_decay": optim.weight_decay},
         {"params": [weight for weight in others if weight.dim() < 2], "weight_decay": 0.0},
     ]
-    optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            fused=True,  # not the default on Apple GPUs, and many times faster there (pytorch#127242)
-        )
-    ]
+    groups = [group for group in groups if group["params"]]
+    optimisers: list[Optimiser] = [AdamW(groups, optim.lr, optim.beta1, optim.beta2, optim.eps, fused)]
     if inner:
         optimisers.append(Muon(inner, optim.matrix_lr, optim.momentum, optim.weight_decay, muon_dtype))
-    for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-        group["peak_lr"] = group["lr"]
     return optimisers
 
 
@@ -104,13 +159,13 @@ def is_block_matrix(name: str, weight: Tensor) -> bool:
     return weight.dim() == 2 and ".layers." in name
 
 
-def set_lr(optimisers: list[torch.optim.Optimizer], scale: float) -> None:
+def set_lr(optimisers: list[Optimiser], scale: float) -> None:
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = group["peak_lr"] * scale
 
 
-def state_tensors(model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, optimisers: list[Optimiser]) -> dict[str, Tensor]:
     """Optimiser state by parameter name: {"model.norm.weight/exp_avg": ...}."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     return {
@@ -118,21 +173,11 @@ def state_tensors(model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> 
         for optimiser in optimisers
         for weight, state in optimiser.state.items()
         for key, value in state.items()
-        if isinstance(value, Tensor)
     }
 
 
 @torch.no_grad()
-def load_state_tensors(model: nn.Module, optimisers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+def load_state_tensors(model: nn.Module, optimisers: list[Optimiser], tensors: dict[str, Tensor]) -> None:
     """Put back what `state_tensors` gave. Raises KeyError when a parameter's state is missing."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    for optimiser in optimisers:
-        for weight in (weight for group in optimiser.param_groups for weight in group["params"]):
-            state = optimiser.state[weight]
-            if isinstance(optimiser, Muon):
-                state["momentum_buffer"].copy_(tensors[f"{names[id(weight)]}/momentum_buffer"])
-                continue
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                saved = tensors[f"{names[id(weight)]}/{key}"]
-                # A fused AdamW keeps its step counter beside the weights, a 0-dim float32.
-                state[key] = saved.clone().to(weight.device)
+    for name, value in state_tensors(model, optimisers).items():
+        value.copy_(tensors[name])

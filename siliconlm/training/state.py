@@ -21,7 +21,7 @@ from siliconlm.model import families
 from siliconlm.model.decoder import Decoder
 from siliconlm.model.weights import load_weights, model_files
 from siliconlm.training import optim
-from siliconlm.training.checkpoint import Checkpoint, RunFolder
+from siliconlm.training.checkpoint import Checkpoint, RunFolder, checkpoint_bytes
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class TrainState:
     config: RunConfig
     device: Device
     model: Decoder
-    optimisers: list[torch.optim.Optimizer]
+    optimisers: list[optim.Optimiser]
     scaler: GradScaler | None
     ema: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
@@ -44,14 +44,19 @@ class TrainState:
         """A model with fresh weights (a pure function of the shape and `train.seed`) and its optimisers."""
         model = Decoder(config.model)
         model.initialise(config.train.seed)
-        model.to(device.torch_device).train()
+        return cls.around(config, device, model.to(device.torch_device), device.scaler())
+
+    @classmethod
+    def around(cls, config: RunConfig, device: Device, model: Decoder, scaler: GradScaler | None) -> TrainState:
+        """The state of training a model that is there already, on its device."""
+        model.train()
         if config.machine.checkpointing:
             model.model.checkpoint = device.checkpointed
         if config.machine.compile:
             for block in model.model.layers:
                 block.compile()
-        optimisers = optim.build(model, config.optim, device.orthogonalising_dtype())
-        state = cls(config, device, model, optimisers, device.scaler())
+        optimisers = optim.build(model, config.optim, device.orthogonalising_dtype(), config.machine.fused)
+        state = cls(config, device, model, optimisers, scaler)
         if config.train.ema:
             state.ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         return state
@@ -84,8 +89,8 @@ class TrainState:
         return bool(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all())
 
     def bytes_to_save(self) -> int:
-        """An estimate of a checkpoint's size: weights and at most two moments in float32, and their average."""
-        return self.model.count_parameters() * 4 * (4 if self.ema else 3)
+        """An estimate of a checkpoint's size."""
+        return checkpoint_bytes(self.config)
 
     def save(self, run: RunFolder, tokenizer: Tokenizer, fingerprint: str) -> Saved:
         """Commit a checkpoint of this state."""

@@ -1,8 +1,8 @@
 """The child process of a probe: one setting, real training steps, JSON lines. Run as `python -P -m`.
 
-Reads {"config": tables, "fraction": F, "seconds": S} on stdin. Writes {"memory", "step_seconds", "canary"} after the
-first step, still cold, and again measured warm; or {"error", "out_of_memory"}. The last line of stdout counts. Dies
-alone if memory runs out for good.
+Reads {"config": tables, "fraction": F, "budget": bytes, "seconds": S} on stdin. Writes {"memory", "forward_seconds",
+"update_seconds", "canary"} after the first step, still cold, and again measured warm; or {"error", "out_of_memory"}.
+The last line of stdout counts. Dies alone if memory runs out for good.
 """
 
 from __future__ import annotations
@@ -23,54 +23,76 @@ from siliconlm.hardware.device import is_out_of_memory, open_device, plain_words
 from siliconlm.training.loop import accumulate, evaluation_batch, to_device, update
 from siliconlm.training.state import TrainState
 
+LONG_PASS = 3.0  # seconds
+SLACK = 1 << 30  # address space that threads and libraries reserve and never touch
 
-def measure(config: RunConfig, fraction: float, seconds: float) -> Iterator[dict[str, float]]:
-    """Peak memory in bytes and the seconds of one whole optimiser step: of the first step, then warm.
 
-    A step is `accumulation` micro-batches and one update. Both parts are timed apart, so a slow machine need not run
-    all the micro-batches to know what they cost; but two where there are two, for the second needs most memory: it
-    runs beside the gradients of the first. The canary is how far the same loss, computed again, is off.
+def measure(config: RunConfig, fraction: float, budget: int, seconds: float) -> Iterator[dict[str, float]]:
+    """Peak memory in bytes, and the seconds of one micro-batch's passes and of one update: cold, then warm.
+
+    The first step has two micro-batches where training has two or more, for the second needs most memory: it runs
+    beside the gradients of the first. After that one micro-batch a step tells the speed, so that a slow machine need
+    not run all of them. `burst_seconds` is a micro-batch's time in the first tenth of the measurement. The canary is
+    how far the same loss, computed again, is off; it is looked at in every step.
     """
     device = open_device(config.machine)
-    device.cap_memory(fraction)
+    device.cap_memory(fraction, budget + SLACK)
     device.forget_peak()
     state = TrainState.new(config, device)
     micro = config.machine.micro_batch
     assert micro is not None
-    accumulation = config.sequences_per_step // micro
-    part = min(2, accumulation)
-    sequences = _random_sequences(config, part * micro)
-    first, forward, step = _timed_step(state, sequences)
-    yield {"memory": device.peak_memory(), "step_seconds": accumulation / part * forward + step, "canary": 0.0}
-    end = time.perf_counter() + seconds
-    times = [_timed_step(state, sequences)[1:]]
-    while time.perf_counter() < end:
-        times.append(_timed_step(state, sequences)[1:])
-    forward, step = np.median(times, axis=0).tolist()
-    _evaluate(state)
-    canary = abs(float(accumulate(state, sequences)) - first)
-    yield {"memory": device.peak_memory(), "step_seconds": accumulation / part * forward + step, "canary": canary}
+    sequences = _random_sequences(config, micro)
+    loss, forward = _timed(state, sequences)
+    passes: list[float] = []
+    updates: list[float] = []
+    deviations: list[float] = []
+    if micro < config.sequences_per_step:
+        again, forward = _timed(state, sequences)
+        passes.append(forward)
+        deviations.append(abs(again - loss))
+    updating = _timed_update(state)
+    yield _answer(device.peak_memory(), forward, updating, max(deviations, default=0.0))
+    # A second pass of many seconds is measurement enough, though its update was the first and a little slow.
+    end = time.perf_counter() + (seconds if forward < LONG_PASS or not passes else 0.0)
+    while not passes or time.perf_counter() < end:
+        again, forward = _timed(state, sequences)
+        deviations.append(abs(again - loss))
+        passes.append(forward)
+        updates.append(_timed_update(state))
+    updates = updates or [updating]
+    batch = evaluation_batch(config.model.context, micro)
+    if batch > micro:
+        evaluate_once(state, _random_sequences(config, batch))
+    burst = float(np.median(passes[: max(1, len(passes) // 10)]))
+    canary = float(np.max(deviations))  # NaN where one is
+    answer = _answer(device.peak_memory(), float(np.median(passes)), float(np.median(updates)), canary)
+    yield answer | {"burst_seconds": burst}
 
 
-def _timed_step(state: TrainState, sequences: Tokens) -> tuple[float, float, float]:
-    """The loss of some sequences, and the seconds of their passes and of an update.
+def _answer(memory: int, forward: float, updating: float, canary: float) -> dict[str, float]:
+    return {"memory": memory, "forward_seconds": forward, "update_seconds": updating, "canary": canary}
 
-    At a rate of 0 no weight changes, and without counting steps dropout stays the same, so the loss repeats.
-    """
+
+def _timed(state: TrainState, sequences: Tokens) -> tuple[float, float]:
+    """The mean loss of a micro-batch and the seconds of its passes."""
     begun = time.perf_counter()
     loss = accumulate(state, sequences)
     state.device.synchronise()
-    middle = time.perf_counter()
+    return float(loss), time.perf_counter() - begun
+
+
+def _timed_update(state: TrainState) -> float:
+    """The seconds of an update. At a rate of 0 no weight changes, and without counting steps dropout stays the same,
+    so the loss repeats."""
+    begun = time.perf_counter()
     update(state, 0.0)
     state.device.synchronise()
-    return float(loss), middle - begun, time.perf_counter() - middle
+    return time.perf_counter() - begun
 
 
-def _evaluate(state: TrainState) -> None:
+def evaluate_once(state: TrainState, sequences: Tokens) -> None:
     """One batch of an evaluation: where the micro-batch is small it needs more memory than a training step."""
-    config = state.config
-    batch = evaluation_batch(config.model.context, config.machine.micro_batch)
-    ids, targets = to_device(_random_sequences(config, batch), state.device)
+    ids, targets = to_device(sequences, state.device)
     state.model.eval()
     with state.averaged(), torch.no_grad(), state.device.autocast():
         state.model.losses(ids, targets)
@@ -86,7 +108,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     config = resolve(Layer("probe", flatten(request["config"], "probe")))
     try:
-        for answer in measure(config, request["fraction"], request["seconds"]):
+        for answer in measure(config, request["fraction"], request["budget"], request["seconds"]):
             print(json.dumps(answer), flush=True)
     except SiliconError as error:
         print(json.dumps({"error": str(error), "out_of_memory": False}), flush=True)

@@ -16,10 +16,11 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -36,12 +37,13 @@ from torch.utils._pytree import tree_leaves
 from siliconlm.config import Layer, RunConfig, flatten, resolve
 from siliconlm.data.shards import Tokens
 from siliconlm.errors import SiliconError
-from siliconlm.hardware.device import LARGEST_TENSOR, Device, open_device, wrong_long_matmuls
+from siliconlm.hardware.device import LARGEST_TENSOR, Device, open_device
 from siliconlm.model.decoder import Decoder
 from siliconlm.training import optim
-from siliconlm.training.loop import accumulate, evaluation_batch, to_device, update
+from siliconlm.training.loop import accumulate, evaluation_batch, update
 from siliconlm.training.state import TrainState
-from siliconlm.tuning.probe import child_environment
+from siliconlm.tuning.child import evaluate_once
+from siliconlm.tuning.probe import child_environment, for_child
 
 aten = torch.ops.aten
 
@@ -73,7 +75,7 @@ class Forecast:
 
 
 def forecast(config: RunConfig, device: Device) -> Forecast:
-    """Two optimiser steps and one batch of evaluation of a resolved config, without data: peak memory and hazards.
+    """An optimiser step and one batch of evaluation of a resolved config, without data: peak memory and hazards.
 
     At most two micro-batches are run, as more need what the second needs. The time goes with the number of layers,
     not with their size, and no memory is used.
@@ -86,17 +88,36 @@ def forecast_process(config: RunConfig, device: Device, seconds: float = 60.0) -
 
     SiliconError where the process fails or takes longer than `seconds`.
     """
-    tables = config.model_dump(exclude_none=True)
-    tables["machine"] |= {"device": device.kind, "dtype": device.dtype_name, "threads": device.threads}
+    return forecasts([config], device, seconds)[0]
+
+
+def forecasts(configs: list[RunConfig], device: Device, seconds: float = 60.0) -> list[Forecast]:
+    """As `forecast_process`, each config in a process of its own, at the same time."""
+    pipe, environment = subprocess.PIPE, child_environment()
+    deadline = time.monotonic() + seconds
+    with ExitStack() as processes:
+        begun: list[subprocess.Popen[bytes]] = []
+        for config in configs:
+            child = subprocess.Popen(CHILD, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+            processes.enter_context(child)
+            processes.callback(child.kill)
+            assert child.stdin is not None
+            child.stdin.write(json.dumps(for_child(config, device)).encode())
+            child.stdin.close()
+            child.stdin = None
+            begun.append(child)
+        return [_result(child, deadline) for child in begun]
+
+
+def _result(child: subprocess.Popen[bytes], deadline: float) -> Forecast:
     try:
-        request = json.dumps(tables).encode()
-        done = subprocess.run(CHILD, input=request, capture_output=True, timeout=seconds, env=child_environment())
-        return Forecast(**json.loads(done.stdout))
+        out, err = child.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        return Forecast(**json.loads(out))
     except subprocess.TimeoutExpired:
-        raise SiliconError(f"the memory forecast took longer than {seconds:.0f} s") from None
+        raise SiliconError("the memory forecast took too long") from None
     except ValueError:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
-        raise SiliconError(f"the memory forecast ended with code {done.returncode}: {last[0]}") from None
+        last = err.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        raise SiliconError(f"the memory forecast ended with code {child.returncode}: {last[0]}") from None
 
 
 def main() -> None:
@@ -131,32 +152,24 @@ def _base(config: RunConfig, device: Device) -> int:
 def _forecast(config: RunConfig, device: Device, malloc: Malloc | None) -> Forecast:
     micro = config.machine.micro_batch
     assert micro is not None and config.model.vocab_size
-    with _dry(config, device, malloc) as (stand_in, ledger):
+    with _dry(device, malloc) as (stand_in, ledger):
         state = _state(config, stand_in, ledger)
-        for micro_batches in (1, min(2, config.sequences_per_step // micro)):
-            accumulate(state, _sequences(config, micro_batches))
-            update(state, 1.0)
-            ledger.label("optimizer_state", _optimizer_state(state))  # AdamW's is made by its first step
-        _evaluate(state)
+        accumulate(state, _sequences(config, min(2, config.sequences_per_step // micro)))
+        update(state, 1.0)
+        evaluate_once(state, _sequences(config, 1, evaluation_batch(config.model.context, micro)))
     parts = {name: ledger.parts[name] for name in ("weights", "gradients", "optimizer_state", "activations")}
     return Forecast(ledger.peak, **parts, hazards=list(ledger.hazards))
 
 
 @contextmanager
-def _dry(config: RunConfig, device: Device, malloc: Malloc | None) -> Iterator[tuple[Device, Ledger]]:
+def _dry(device: Device, malloc: Malloc | None) -> Iterator[tuple[Device, Ledger]]:
     """Fake tensors, attention as the device trains it, and a ledger of them."""
-    faulty = _has_faults(config, device)
-    # Fake tensors of an Apple GPU cannot go backward without one; in main memory the same operators run.
-    stand_in = replace(device, kind=torch.get_default_device().type) if faulty else device
-    attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH) if faulty else nullcontext()
-    ledger = Ledger(stand_in.torch_device, malloc, largest=faulty, long_matmuls=faulty and wrong_long_matmuls())
+    apple = device.keeps_scores
+    stand_in = device.in_main_memory() if apple else device
+    attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH) if apple else nullcontext()
+    ledger = Ledger(stand_in.torch_device, malloc, largest=apple, long_matmuls=device.wrong_long_matmuls)
     with FakeTensorMode(), attention, ledger:
         yield stand_in, ledger
-
-
-def _has_faults(config: RunConfig, device: Device) -> bool:
-    """Whether it is an Apple GPU: there attention keeps all its scores while training, and 4 GiB are too much."""
-    return bool(device.largest_micro_batch(config.model)[1])
 
 
 def _state(config: RunConfig, device: Device, ledger: Ledger) -> TrainState:
@@ -164,12 +177,8 @@ def _state(config: RunConfig, device: Device, ledger: Ledger) -> TrainState:
     with device.torch_device:
         model = Decoder(config.model)
     model.initialise(config.train.seed)
-    model.train()
-    if config.machine.checkpointing:
-        model.model.checkpoint = device.checkpointed
-    state = TrainState(config, device, model, optim.build(model, config.optim, device.orthogonalising_dtype()), None)
-    if config.train.ema:
-        state.ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    machine = config.machine.model_copy(update={"compile": False})
+    state = TrainState.around(config.model_copy(update={"machine": machine}), device, model, None)
     ledger.label("weights", [*model.parameters(), *model.buffers(), *state.ema.values()])
     ledger.label("optimizer_state", _optimizer_state(state))
     for weight in model.parameters():
@@ -181,19 +190,9 @@ def _optimizer_state(state: TrainState) -> list[Tensor]:
     return list(optim.state_tensors(state.model, state.optimisers).values())
 
 
-def _sequences(config: RunConfig, micro_batches: int) -> Tokens:
-    shape = (micro_batches * (config.machine.micro_batch or 1), config.model.context + 1)
+def _sequences(config: RunConfig, micro_batches: int, micro: int | None = None) -> Tokens:
+    shape = (micro_batches * (micro or config.machine.micro_batch or 1), config.model.context + 1)
     return np.zeros(shape, dtype=np.int64)
-
-
-def _evaluate(state: TrainState) -> None:
-    config = state.config
-    batch = evaluation_batch(config.model.context, config.machine.micro_batch)
-    ids, targets = to_device(np.zeros((batch, config.model.context + 1), dtype=np.int64), state.device)
-    state.model.eval()
-    with state.averaged(), torch.no_grad(), state.device.autocast():
-        state.model.losses(ids, targets)
-    state.model.train()
 
 
 class Ledger(TorchDispatchMode):

@@ -1,14 +1,32 @@
-"""Which model to train in a given time: a ladder of shapes and the loss that each would reach."""
+"""Which model to train in a given time: a ladder of shapes, their speed here, and the loss that each would reach."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from siliconlm.config import Layer
+import tomli_w
+
+from siliconlm.config import Layer, RunConfig, divisors, read_toml
+from siliconlm.errors import SiliconError
+from siliconlm.events import Event, Planned
+from siliconlm.files import home, write_file
+from siliconlm.hardware.device import Device
+from siliconlm.model.decoder import count_parameters
+from siliconlm.training.loop import EVALUATION_SHARE, EVALUATION_SPEED, FINAL_EVALUATION_SHARE, SAVE_SPEED
+from siliconlm.tuning.choose import settle
+from siliconlm.tuning.probe import probe, rate
+from siliconlm.tuning.profiles import file_name, fingerprint, machine_mark
 
 SMALLEST_STEP = 2048  # tokens of an optimiser step
 STEP_GROWS_FROM = 2e6  # tokens of a run
+MICRO_TOKENS = 4096  # of a micro-batch in these measurements
+BEGIN_WITH = "4x128"  # the rung measured first
+MEASURED = 3  # rungs at least, between which the others are interpolated
+PROBE_SECONDS = 60.0  # longest for one rung
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +77,200 @@ def step_tokens(rung: Rung, tokens: float) -> int:
     """
     wanted = SMALLEST_STEP * math.sqrt(max(1.0, tokens / STEP_GROWS_FROM))
     return max(rung.context, 2 ** int(math.log2(wanted)))
+
+
+@dataclass(frozen=True, slots=True)
+class LossModel:
+    """Validation loss in nats per byte of a trained model: floor + a / size^alpha + b / worth^beta.
+
+    `size` is parameters outside the embedding. Tokens that are seen again are worth less each time: `patience` is the
+    number of passes after which they are worth 1/e (Muennighoff et al. 2023, arXiv 2305.16264, equation 5; the rest
+    is Hoffmann et al. 2022, arXiv 2203.15556).
+    """
+
+    floor: float
+    size_factor: float
+    alpha: float
+    token_factor: float
+    beta: float
+    patience: float
+
+    def worth(self, tokens: float, unique: float) -> float:
+        """Fresh tokens that would teach as much as `tokens` out of `unique` different ones."""
+        if tokens <= unique:
+            return tokens
+        repeats = tokens / unique - 1
+        return unique * (1 + self.patience * (1 - math.exp(-repeats / self.patience)))
+
+    def loss(self, size: float, tokens: float, unique: float) -> float:
+        worth = max(1.0, self.worth(tokens, unique))
+        return self.floor + self.size_factor * size**-self.alpha + self.token_factor * worth**-self.beta
+
+
+# Fitted by benchmarks/fit_plan.py to the runs in benchmarks/results/plan_sweep.jsonl.
+FITTED = LossModel(0.6579, 2.567, 0.1, 581.7, 0.55, 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What there is to train on and for how long. `bytes_per_token` makes losses of other tokenizers comparable."""
+
+    seconds: float
+    train_tokens: int
+    val_tokens: int
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What a rung takes on this machine: seconds of both passes per token, seconds of an update, bytes at the peak."""
+
+    pass_seconds: float
+    update_seconds: float
+    memory: int
+
+
+Configure = Callable[[Rung, int], RunConfig]
+"""A rung and its tokens per step -> the whole config of a run."""
+
+
+def plan(
+    device: Device, task: Task, configure: Configure, refresh: bool = False
+) -> Generator[Event, None, tuple[Planned, Rung]]:
+    """The rung with the lowest predicted loss among those that fit; yields the probes, then a Planned for every rung.
+
+    The rungs that matter are measured, each once on a machine (`refresh` measures again); the speed of the others
+    lies between. SiliconError when nothing fits.
+    """
+    known = {} if refresh else read_speeds(device, configure)
+    too_big: set[str] = set()
+    while True:
+        usable = [rung for rung in LADDER if rung.name not in too_big]
+        if not usable:
+            raise SiliconError(
+                "not even the smallest model of the ladder can be trained here",
+                fix="Close other programs, or choose another --device.",
+                kind="out_of_memory",
+            )
+        rows = [_planned(rung, known, device, task, configure) for rung in usable] if known else []
+        wanted = _to_measure(usable, known, rows)
+        if wanted is None:
+            break
+        config = sized(settle(configure(wanted, step_tokens(wanted, STEP_GROWS_FROM)), device))
+        tried = probe(config, device, device.memory_budget(), PROBE_SECONDS)
+        yield replace(tried, variant=", ".join(word for word in (wanted.name, tried.variant) if word))
+        if tried.verdict != "fits":
+            too_big |= {rung.name for rung in LADDER[LADDER.index(wanted) :]}
+            continue
+        seconds = tried.forward_seconds / (tried.micro_batch * tried.context)
+        known[wanted.name] = Speed(seconds, tried.update_seconds, tried.memory)
+        keep_speeds(device, configure, known)
+    fitting = [row for row in rows if row.memory <= device.memory_budget()]
+    best = min(fitting, key=lambda row: row.val_loss)
+    for row in rows:
+        yield replace(row, chosen=True) if row is best else row
+    return best, next(rung for rung in LADDER if rung.name == best.rung)
+
+
+def _to_measure(usable: list[Rung], known: dict[str, Speed], rows: list[Planned]) -> Rung | None:
+    """The next rung to measure: the best by what is known until that one is measured, then its best neighbour."""
+    by_name = {rung.name: rung for rung in usable}
+    if not rows:
+        return by_name.get(BEGIN_WITH, usable[-1])
+    for row in sorted(rows, key=lambda row: row.val_loss)[:MEASURED]:
+        if not row.measured:
+            return by_name[row.rung]
+    return None
+
+
+def sized(config: RunConfig) -> RunConfig:
+    """The config with the largest micro-batch of at most MICRO_TOKENS tokens."""
+    fits = [size for size in divisors(config.sequences_per_step) if size * config.model.context <= MICRO_TOKENS]
+    return config.replace("plan", **{"machine.micro_batch": max(fits, default=1)})
+
+
+def _planned(rung: Rung, known: dict[str, Speed], device: Device, task: Task, configure: Configure) -> Planned:
+    """What a rung would reach in the time of a task."""
+    speed = known.get(rung.name) or _between(rung, known, configure)
+    per_step = SMALLEST_STEP
+    for _ in range(3):  # tokens per step depend on the tokens of the run, which depend on them a little
+        config = configure(rung, max(per_step, rung.context))
+        seconds = config.model.context * speed.pass_seconds
+        tokens_per_s = rate(config, 1, seconds, speed.update_seconds)
+        parameters = count_parameters(config.model)
+        tokens = tokens_per_s * usable_seconds(task, tokens_per_s, parameters)
+        per_step = step_tokens(rung, tokens)
+    loss = FITTED.loss(
+        parameters - config.model.vocab_size * config.model.n_embd,
+        tokens * task.bytes_per_token,
+        task.train_tokens * task.bytes_per_token,
+    )
+    return Planned(
+        rung=rung.name,
+        parameters=parameters,
+        context=config.model.context,
+        tokens_per_step=config.train.tokens_per_step,
+        micro_batch=sized(config).machine.micro_batch or 1,
+        tokens_per_s=tokens_per_s,
+        measured=rung.name in known,
+        tokens=round(tokens),
+        passes=tokens / task.train_tokens,
+        memory=speed.memory,
+        val_loss=loss * task.bytes_per_token,
+    )
+
+
+def usable_seconds(task: Task, tokens_per_s: float, parameters: int) -> float:
+    """The part of a time budget that is spent on training steps: the loop keeps the rest for evaluating and saving."""
+    last = min(FINAL_EVALUATION_SHARE * task.seconds, task.val_tokens / (EVALUATION_SPEED * tokens_per_s))
+    saving = 12 * parameters / SAVE_SPEED
+    return max(0.0, (1 - EVALUATION_SHARE) * task.seconds - last - saving)
+
+
+def _between(rung: Rung, known: dict[str, Speed], configure: Configure) -> Speed:
+    """The speed of a rung by the two nearest that are measured, in proportion on a logarithmic scale of parameters."""
+
+    def place(name: str) -> float:
+        other = next(other for other in LADDER if other.name == name)
+        return math.log(count_parameters(configure(other, other.context).model))
+
+    here = place(rung.name)
+    near = sorted(known, key=lambda name: abs(place(name) - here))[:2]
+
+    def read(value: Callable[[Speed], float]) -> float:
+        first = math.log(value(known[near[0]]))
+        slope = 0.9  # where only one is known: a little less than in proportion to the parameters
+        if len(near) == 2:
+            slope = (math.log(value(known[near[1]])) - first) / (place(near[1]) - place(near[0]))
+        return math.exp(first + slope * (here - place(near[0])))
+
+    return Speed(
+        read(lambda speed: speed.pass_seconds),
+        read(lambda speed: speed.update_seconds),
+        round(read(lambda speed: speed.memory)),
+    )
+
+
+# --- what was measured before ----------------------------------------------------------------------------------------
+
+
+def _speeds_file(device: Device, configure: Configure) -> Path:
+    """Speeds depend on the machine and on all that is set by hand."""
+    mark = fingerprint(configure(LADDER[0], SMALLEST_STEP), device)
+    return home() / "speeds" / file_name(mark)
+
+
+def read_speeds(device: Device, configure: Configure) -> dict[str, Speed]:
+    """What was measured of the ladder on this machine. A damaged file counts as none: it is measured again."""
+    path = _speeds_file(device, configure)
+    if not path.is_file():
+        return {}
+    try:
+        return {name: Speed(**values) for name, values in read_toml(path)["speeds"].items()}
+    except (SiliconError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def keep_speeds(device: Device, configure: Configure, known: dict[str, Speed]) -> None:
+    tables: dict[str, Any] = {"speeds": {name: asdict(speed) for name, speed in known.items()}}
+    write_file(_speeds_file(device, configure), tomli_w.dumps({"machine": machine_mark(device), **tables}))

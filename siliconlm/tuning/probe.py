@@ -1,4 +1,4 @@
-"""Real training steps in child processes with growing micro-batch, until memory, speed or time says stop.
+"""One setting tried by real training steps in a child process with a memory cap of its own.
 
 The parent always survives: a child that fails, hangs, swaps or is killed is an answer ("does not fit"), not an error.
 """
@@ -12,23 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
 import siliconlm
-from siliconlm.config import RunConfig, divisors
+from siliconlm.config import RunConfig
 from siliconlm.events import Probed
 from siliconlm.hardware.device import Device
 
 MEASURE_SECONDS = 1.0
 FRACTION = 0.9  # of what the GPU recommends: allocations beyond it fail in the child instead of swapping
-ENOUGH = 0.98  # the smallest setting within 2 % of the best speed is chosen
-SLOWER = 0.9  # a setting under this share of the best speed ends the search
 POLL_SECONDS = 0.05
 CHILD = (sys.executable, "-P", "-m", "siliconlm.tuning.child")  # -P: no module out of the user's current folder
 SWAP_GROWTH = 64 << 20
@@ -46,56 +43,62 @@ class Answer:
     stopped: bool = False
     cold: bool = False  # there was time for the first step only
 
+    @property
+    def verdict(self) -> Literal["too big", "stopped", "failed"]:
+        return "too big" if self.out_of_memory else "stopped" if self.stopped else "failed"
 
-def probe_batches(config: RunConfig, device: Device, seconds: float) -> Iterator[Probed]:
-    """Try growing micro-batches of a resolved config (its `machine.micro_batch` is ignored) for at most `seconds`.
 
-    Candidates divide the sequences of a step, so that tokens per step never change. Ends at the first that does not
-    fit, the second in a row that is slower than the best by a tenth (one alone may be the machine's noise), or the
-    first that would not fit by the line through the last two.
+def probe(
+    config: RunConfig, device: Device, budget: int, seconds: float, predicted: int = 0, measure: float = MEASURE_SECONDS
+) -> Probed:
+    """Train with one setting in a fresh child process.
+
+    `config` has a micro-batch. `budget` is bytes the child may hold, `seconds` its time, `measure` the seconds it is
+    timed for once it is warm.
     """
-    deadline = time.monotonic() + seconds
-    budget = device.memory_budget()
-    most, fault = device.largest_micro_batch(config.model)
-    tried: list[Probed] = []
-    for micro in _candidates(config):
-        left = deadline - time.monotonic()
-        reason = fault if micro > most else _hopeless(tried, micro, budget)
-        if reason:
-            yield _row(config, device, micro, 0, 0.0, "too big", reason)
-            return
-        if tried and left < 1.5 * _child_seconds(tried, micro):
-            yield _row(config, device, micro, 0, 0.0, "stopped", "no time left for a bigger one")
-            return
-        row = probe(config.replace("probe", **{"machine.micro_batch": micro}), device, budget, max(left, 10.0))
-        if row.verdict == "fits" and row.tokens_per_s < SLOWER * max((item.tokens_per_s for item in tried), default=0):
-            row = replace(row, verdict="slower", reason="over a tenth slower than the best")
-        yield row
-        tried.append(row)
-        if row.verdict not in ("fits", "slower") or [item.verdict for item in tried[-2:]] == ["slower", "slower"]:
-            return
-
-
-def probe(config: RunConfig, device: Device, budget: int, seconds: float) -> Probed:
-    """Train with one setting in a fresh child process. `budget` is bytes the child may hold, `seconds` its time."""
-    micro = config.machine.micro_batch or 0
-    answer = run_child(config, device, budget, seconds)
-    values = answer.values
+    answer = run_child(config, device, budget, seconds, measure)
+    row = Probed(
+        micro_batch=config.machine.micro_batch or 0,
+        context=config.model.context,
+        dtype=device.dtype_name,
+        memory=int(answer.values.get("memory", 0)),
+        tokens_per_s=0.0,
+        verdict="failed",
+        variant=variant(config),
+        predicted=predicted,
+    )
     if answer.failure:
-        verdict = "too big" if answer.out_of_memory else "stopped" if answer.stopped else "failed"
-        return _row(config, device, micro, 0, 0.0, verdict, answer.failure)
-    rate = config.train.tokens_per_step / values["step_seconds"]
-    memory = int(values["memory"])
-    if not values["canary"] <= CANARY:  # so written, a NaN fails as well
-        return _row(config, device, micro, memory, rate, "failed", "the same loss came out differently when repeated")
-    if memory > budget:
-        return _row(config, device, micro, memory, rate, "too big", f"over the memory budget of {budget / 1e9:.1f} GB")
-    return _row(config, device, micro, memory, rate, "fits", "timed on the first step" if answer.cold else "")
+        return replace(row, verdict=answer.verdict, reason=answer.failure)
+    forward, updating = answer.values["forward_seconds"], answer.values["update_seconds"]
+    row = replace(row, forward_seconds=forward, update_seconds=updating)
+    row = replace(row, tokens_per_s=round(rate(config, row.micro_batch, forward, updating), 1))
+    if not answer.values["canary"] <= CANARY:  # so written, a NaN fails as well
+        return replace(row, reason="the same loss came out differently when repeated")
+    if row.memory > budget:
+        return replace(row, verdict="too big", reason=f"over the memory budget of {budget / 1e9:.1f} GB")
+    if answer.cold:
+        return replace(row, verdict="fits", reason="timed on the first step")
+    burst = rate(config, row.micro_batch, answer.values["burst_seconds"], updating)
+    return replace(row, verdict="fits", burst=round(burst, 1))
 
 
-def run_child(config: RunConfig, device: Device, budget: int, seconds: float) -> Answer:
+def rate(config: RunConfig, micro: int, forward: float, updating: float) -> float:
+    """Tokens per second of whole optimiser steps, from the seconds of a micro-batch's passes and of an update."""
+    return config.train.tokens_per_step / (config.sequences_per_step / micro * forward + updating)
+
+
+def variant(config: RunConfig) -> str:
+    """What a step does that the plain one does not."""
+    machine = config.machine
+    words = {"checkpointing": machine.checkpointing, "chunked loss": machine.chunked_loss, "compiled": machine.compile}
+    return ", ".join(word for word, on in words.items() if on)
+
+
+def run_child(
+    config: RunConfig, device: Device, budget: int, seconds: float, measure: float = MEASURE_SECONDS
+) -> Answer:
     """Start the child, watch it (time, resident memory, swap) and read its answer."""
-    request = {"config": _for_child(config, device), "fraction": FRACTION, "seconds": MEASURE_SECONDS}
+    request = {"config": for_child(config, device), "fraction": FRACTION, "budget": budget, "seconds": measure}
     swap = psutil.swap_memory().used
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=out, stderr=err, env=child_environment()) as child:
@@ -108,6 +111,13 @@ def run_child(config: RunConfig, device: Device, budget: int, seconds: float) ->
             finally:
                 child.kill()
         return _answer(child.returncode, stopped, _content(out), _content(err))
+
+
+def for_child(config: RunConfig, device: Device) -> dict[str, object]:
+    """The settings as JSON tables, with the device's own dtype and threads in them."""
+    tables = config.model_dump(exclude_none=True)
+    tables["machine"] |= {"device": device.kind, "dtype": device.dtype_name, "threads": device.threads}
+    return tables
 
 
 def child_environment() -> dict[str, str]:
@@ -149,7 +159,7 @@ def _resident(pid: int) -> int:
 
 def _answer(code: int, stopped: Answer | None, out: str, err: str) -> Answer:
     values = _last_object(out)
-    if stopped and stopped.stopped and "step_seconds" in values:
+    if stopped and stopped.stopped and "forward_seconds" in values:
         return Answer(values, cold=True)
     if stopped:
         return stopped
@@ -172,54 +182,6 @@ def _last_object(out: str) -> dict[str, Any]:
     except (ValueError, IndexError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def best_of(rows: list[Probed]) -> Probed | None:
-    """The smallest micro-batch within 2 % of the best speed among those that fit."""
-    fitting = [row for row in rows if row.verdict == "fits"]
-    if not fitting:
-        return None
-    best = max(row.tokens_per_s for row in fitting)
-    return next(row for row in fitting if row.tokens_per_s >= ENOUGH * best)
-
-
-def _candidates(config: RunConfig) -> list[int]:
-    """Divisors of the sequences of a step, each about double the one before."""
-    chosen: list[int] = []
-    for size in divisors(config.sequences_per_step):
-        if not chosen or size >= 2 * chosen[-1] or size == config.sequences_per_step:
-            chosen.append(size)
-    return chosen
-
-
-def _hopeless(tried: list[Probed], micro: int, budget: int) -> str:
-    """Why a micro-batch need not be tried: the line through the last two measurements ends above the budget."""
-    if len(tried) < 2:
-        return ""
-    before, last = tried[-2:]
-    per_sequence = (last.memory - before.memory) / (last.micro_batch - before.micro_batch)
-    predicted = last.memory + per_sequence * (micro - last.micro_batch)
-    if predicted <= budget:
-        return ""
-    return f"would need {predicted / 1e9:.1f} GB by the line through the last two; the budget is {budget / 1e9:.1f} GB"
-
-
-def _child_seconds(tried: list[Probed], micro: int) -> float:
-    """An estimate of how long the child for `micro` will run: start-up, a warm-up and the measurement."""
-    last = tried[-1]
-    per_sequence = last.context / last.tokens_per_s
-    return 5.0 + MEASURE_SECONDS + 3 * micro * per_sequence
-
-
-def _for_child(config: RunConfig, device: Device) -> dict[str, object]:
-    machine = {"device": device.kind, "dtype": device.dtype_name, "threads": device.threads}
-    tables = config.model_dump(exclude_none=True)
-    tables["machine"] |= machine
-    return tables
-
-
-def _row(config: RunConfig, device: Device, micro: int, memory: int, rate: float, verdict: str, reason: str) -> Probed:
-    return Probed(micro, config.model.context, device.dtype_name, memory, round(rate, 1), verdict, reason)  # type: ignore[arg-type]
 
 
 def _content(file: object) -> str:

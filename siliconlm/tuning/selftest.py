@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siliconlm.config import ModelConfig
+from siliconlm.config import ModelConfig, OptimConfig
 from siliconlm.errors import SiliconError
 from siliconlm.hardware.device import DTYPES, Device, is_out_of_memory, plain_words
 from siliconlm.hardware.doctor import MATMUL_CAP
 from siliconlm.model.decoder import Attention, Block, Cache, Decoder, Rotary, rotate
-from siliconlm.training.optim import Muon, orthogonalise
+from siliconlm.model.loss import chunked_loss
+from siliconlm.training.optim import AdamW, Muon, build, orthogonalise
 
 Feature = Literal[
     "always",
@@ -41,6 +42,7 @@ Feature = Literal[
     "averaging",
     "dropout",
     "checkpointing",
+    "chunked_loss",
     "bfloat16",
     "float16",
     "compile",
@@ -59,6 +61,7 @@ INSTEAD: dict[Feature, str] = {
     "averaging": "train.ema 0",
     "dropout": "model.dropout 0",
     "checkpointing": "a smaller micro-batch, without checkpointing",
+    "chunked_loss": "the plain loss",
     "bfloat16": "float32",
     "float16": "float32",
     "compile": "no compiling",
@@ -354,6 +357,15 @@ def cross_entropy(at: Place) -> Named:
     return both_modes(at, losses, logits=at.normal(96, 8192, scale=3.0))
 
 
+def chunked_cross_entropy(at: Place) -> Named:
+    """As training uses it: the head's product and the loss by chunks, the last one shorter, and both gradients."""
+    x, weight = at.normal(96, 64), at.normal(8192, 64, scale=0.1)
+    targets = at.ids(8192, 96)
+    targets[::5] = -100
+    loss = chunked_loss(x, weight, targets, chunk_bytes=40 * 8192 * 4)
+    return with_gradients(at, loss[None], x=x, weight=weight)
+
+
 def clipping(at: Place) -> Named:
     gradients = [at.normal(*shape).detach() for shape in ((64, 96), (64,), (3, 5))]
     weights = [torch.zeros_like(gradient).requires_grad_() for gradient in gradients]
@@ -368,9 +380,8 @@ def adamw(at: Place, fused: bool) -> Named:
     weights = [nn.Parameter(at.normal(64, 96).detach()), nn.Parameter(at.normal(64).detach())]
     if not fused:
         weights.append(nn.Parameter(at.normal(32, 48).detach().T))
-    optimiser = torch.optim.AdamW(
-        weights, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1, fused=fused and not at.witness, foreach=False
-    )
+    group = {"params": weights, "weight_decay": 0.1}
+    optimiser = AdamW([group], 0.1, beta1=0.9, beta2=0.95, eps=1e-8, fused=fused and not at.witness)
     for _ in range(3):
         for weight in weights:
             weight.grad = at.normal(*weight.shape).detach()
@@ -523,8 +534,8 @@ def _passes(device: Device) -> Named:
         loss = model.losses(ids[:, :-1], ids[:, 1:]).mean()
     scaler = device.scaler()
     (scaler.scale(loss) if scaler else loss).backward()
-    if scaler:
-        scaler.unscale_(torch.optim.SGD(model.parameters()))
+    for optimiser in build(model, OptimConfig(), torch.float32) if scaler else []:
+        scaler.unscale_(optimiser)  # type: ignore[union-attr, arg-type]
     return {"the loss": loss, **_gradients(model), "the logits": _cached_logits(model.eval(), device, ids[:1])}
 
 
@@ -578,6 +589,7 @@ def checks(device: Device, compile: bool = False) -> Iterator[Check]:
     yield _on_cpu("gelu", "gpt2_shape", gelu)
     yield _on_cpu("embedding", "always", embedding)
     yield _on_cpu("cross-entropy", "always", cross_entropy)
+    yield _on_cpu("chunked cross-entropy", "chunked_loss", chunked_cross_entropy, matmuls=True, after={"always"})
     yield _on_cpu("gradient clipping", "always", clipping)
     yield _on_cpu("AdamW, fused", "fused_adamw", adamw, True)
     yield _on_cpu("addcdiv_", "unfused_adamw", addcdiv)

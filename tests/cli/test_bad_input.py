@@ -132,6 +132,12 @@ TRAIN = {
     "no steps": (["--steps", "0"], ["train.steps = 0", "greater than or equal to 1", "(--steps"]),
     "garbage time": (["--time", "soon"], ["train.time = 'soon'", "90s, 30m, 2h or 1h30m", "(--time"]),
     "two budgets": (["--steps", "5", "--time", "1m"], ["train.steps and train.time are both given", "--steps --time"]),
+    "garbage moment": (["--until", "25:00"], ["train.until = '25:00'", "07:00 or 2026-11-22 07:00", "(--until"]),
+    "moment that is past": (["--until", "2020-01-01 07:00"], ["'2020-01-01 07:00': it is past", "(--until"]),
+    "two budgets, one by the clock": (
+        ["--until", "07:00", "--time", "1m"],
+        ["train.time and train.until are both given; a run has one budget", "--time --until"],
+    ),
     "bad seed": (["--seed", "-1"], ["train.seed = -1"]),
     "batch that does not divide": (["--set", "machine.micro_batch=3"], ["micro_batch 3 does not divide the 2", "1, 2"]),
     "tokens that do not divide": (["--set", "train.tokens_per_step=65"], ["65 is not a multiple of model.context 32"]),
@@ -156,7 +162,7 @@ def test_train_refuses(silicon: Silicon, own: Trained, case: str) -> None:
     words, says = TRAIN[case]
     before = own.files()
     done = silicon("train", "--data", "plays", "--preset", own.preset, "--steps=9", *words)
-    if case in ("garbage time", "two budgets"):
+    if "--time" in words or "--until" in words:
         done = silicon("train", "--data", "plays", "--preset", own.preset, *words)
     refused(done, *says)
     made = own.files().keys() - before.keys()
@@ -224,6 +230,9 @@ def test_doctor_refuses_a_device_that_is_not_there(silicon: Silicon) -> None:
 
 def test_other_commands_refuse(silicon: Silicon, own: Trained, tmp_path: Path) -> None:
     refused(silicon("probe-batch", "--limit", "soon"), "--limit soon", "90s, 30m")
+    refused(silicon("resume", "whole", "--extend", "soon"), "--extend soon", "90s, 30m")
+    refused(silicon("resume", "whole", "--extend", "0"), "--extend 0", "more than nothing")
+    refused(silicon("resume", "whole", "--extend", "9" * 400), "--extend 999", "finite")
     refused(silicon("profile", "--preset", "tny"), "Did you mean tiny?")
     refused(silicon("profile", "--data", "palys"), "no dataset named 'palys'", "Did you mean plays?")
     refused(silicon("settings", "trian"), "no section trian", "Did you mean train?")

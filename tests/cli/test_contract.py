@@ -227,6 +227,43 @@ def test_a_dry_run_shows_settings_with_sources_and_trains_nothing(silicon: Silic
     assert own.files() == before
 
 
+def test_a_dry_run_foresees_tokens_disk_and_only_a_time_that_was_measured(silicon: Silicon, own: Trained) -> None:
+    words = ["train", "--data", "plays", "--preset", own.preset, "--dry-run"]
+    foreseen = silicon(*words, "--tokens", "640", "--json").json()["foreseen"]
+    card = json.loads((own.home / "data" / "plays" / "dataset.json").read_text())
+    assert foreseen["tokens"] == 640 and foreseen["passes"] == 640 / card["splits"]["train"]["tokens"]
+    assert foreseen["seconds"] is foreseen["tokens_per_s"] is None and foreseen["memory"] > foreseen["weights"] > 0
+    one = sum(file.stat().st_size for file in own.checkpoints("whole")[0].glob("*.safetensors"))
+    assert 5 * one <= foreseen["disk"] <= 8 * one, "the newest three, the best, and the one being written"
+    shown = [line.split() for line in silicon(*words, "--time", "1m").out.splitlines()]
+    assert ["tokens", "not", "measured"] in shown and ["time", "1m"] in shown
+
+
+@pytest.mark.slow
+def test_a_dry_run_reckons_with_the_measured_speed(silicon: Silicon, own: Trained, tmp_path: Path) -> None:
+    (tmp_path / "free.toml").write_text(own.preset.read_text().replace("micro_batch = 2", ""))
+    words = ["--data", "plays", "--preset", tmp_path / "free.toml"]
+    assert silicon("profile", *words, "--limit", "20s").code == 0
+    by_steps = silicon("train", *words, "--steps", "100", "--dry-run", "--json").json()["foreseen"]
+    by_time = silicon("train", *words, "--time", "2m", "--dry-run", "--json").json()["foreseen"]
+    rate = by_steps["tokens_per_s"]
+    assert rate == by_time["tokens_per_s"] > 0
+    val = json.loads((own.home / "data" / "plays" / "dataset.json").read_text())["splits"]["val"]["tokens"]
+    evaluated = 20 * val + val  # twenty times during the run and once at its end, at twice the speed of training
+    assert val < 16_384 and by_steps["tokens"] == 6400
+    assert by_steps["seconds"] == pytest.approx((6400 + evaluated / 2) / rate)
+    assert by_time["seconds"] == 120 and 0.87 * 120 * rate <= by_time["tokens"] < 120 * rate
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_told(
+    silicon: Silicon, own: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "disk_free", lambda _: 1000)
+    for more in (["--dry-run"], ["--steps", "1"]):
+        done = silicon("train", "--data", "plays", "--preset", own.preset, *more)
+        assert done.code == 0 and "the disk may fill up" in done.told and "train.keep=2" in done.told
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 

@@ -101,6 +101,13 @@ def test_no_tensor_reaches_4_gib() -> None:
         assert found * biggest < 4 * GIB <= (found + 1) * biggest
 
 
+@pytest.mark.usefixtures("new_chip")
+def test_a_chunked_loss_holds_no_large_logits() -> None:
+    shape = ModelConfig(context=1024, vocab_size=32_768, n_head=1, n_kv_head=1)
+    assert gpu().largest_micro_batch(shape, MachineConfig())[0] == 31
+    assert gpu().largest_micro_batch(shape, MachineConfig(chunked_loss=True))[0] == 1023  # then the scores' 4 MiB count
+
+
 @pytest.mark.usefixtures("old_chip")
 def test_matmuls_stay_short_on_old_chips() -> None:
     shape = ModelConfig(context=1024, vocab_size=256, n_head=1, n_kv_head=1)

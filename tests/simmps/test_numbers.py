@@ -22,13 +22,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulated": {"machine__micro_batch": 2},
     "llama": {**SMALLER, "model__qk_norm": False, "model__tied": False},
     "gpt2": {**SMALLER, **GPT2},
+    "chunked": {"machine__chunked_loss": True},
     "averaged": {"train__ema": 0.5, "train__grad_clip": 0},
 }
+SAME = {"accumulated", "recomputed", "chunked", "float16-chunked"}  # as another one, but for rounding
 DROPOUT = {**SMALLER, "model__dropout": 0.1, "machine__micro_batch": 4}
 GPU_ONLY: dict[str, dict[str, Any]] = {
     "dropout": DROPOUT,
     "recomputed": {**DROPOUT, "machine__checkpointing": True},
     "bfloat16": {"machine__dtype": "bfloat16"},
+    "float16": {"machine__dtype": "float16"},
+    "float16-chunked": {"machine__dtype": "float16", "machine__chunked_loss": True},
 }
 
 
@@ -71,7 +75,7 @@ def test_training_equals_the_cpus(variant: str, on_gpu: dict[str, Any], on_cpu: 
 
 
 def test_the_variants_are_different_trainings(on_gpu: dict[str, Any]) -> None:
-    ends = {name: final(run) for name, run in on_gpu.items() if name not in ("accumulated", "recomputed")}
+    ends = {name: final(run) for name, run in on_gpu.items() if name not in SAME}
     assert len(set(ends.values())) == len(ends)
 
 
@@ -79,6 +83,13 @@ def test_accumulation_changes_only_rounding(on_gpu: dict[str, Any]) -> None:
     assert on_gpu["accumulated"].events("started")[0]["accumulation"] == 4
     assert on_gpu["muon"].events("started")[0]["accumulation"] == 1
     assert of(on_gpu["accumulated"], "loss") == pytest.approx(of(on_gpu["muon"], "loss"), abs=1e-4)
+
+
+def test_a_chunked_loss_changes_only_rounding(on_gpu: dict[str, Any]) -> None:
+    """Also where the loss is scaled: the gradients are made before the scale is known."""
+    for plain, chunked, error in (("muon", "chunked", 1e-4), ("float16", "float16-chunked", 0.01)):
+        assert of(on_gpu[chunked], "loss") == pytest.approx(of(on_gpu[plain], "loss"), abs=error)
+        assert of(on_gpu[chunked], "grad_norm") == pytest.approx(of(on_gpu[plain], "grad_norm"), rel=max(error, 1e-3))
 
 
 def test_recomputed_blocks_drop_the_same_values(on_gpu: dict[str, Any]) -> None:

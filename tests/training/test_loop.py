@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,16 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch.amp.grad_scaler import GradScaler
 
-from siliconlm.config import RunConfig
+from siliconlm import engine
+from siliconlm.config import Layer, RunConfig, flatten
 from siliconlm.data.batches import Batches
 from siliconlm.data.prepare import Dataset, open_dataset, prepare
 from siliconlm.errors import SiliconError
-from siliconlm.events import Evaluated, Event, Finished, Progress, Saved, Step
+from siliconlm.events import Evaluated, Event, Finished, Notice, Progress, Saved, Step
 from siliconlm.hardware.device import Device
+from siliconlm.hardware.watch import Reading, Watch
 from siliconlm.model.weights import read_model
-from siliconlm.training.checkpoint import RunFolder, create_run
+from siliconlm.training.checkpoint import RunFolder, create_run, read_log
 from siliconlm.training.loop import accumulate, evaluate, fit, result_of, train_step, update
-from siliconlm.training.schedule import lr_scale
+from siliconlm.training.schedule import Budget, lr_scale
 from siliconlm.training.state import TrainState
 
 Config = Callable[..., RunConfig]
@@ -47,9 +51,14 @@ class Run:
     def save(self) -> Saved:
         return self.state.save(self.folder, self.dataset.tokenizer, self.dataset.fingerprint)
 
-    def train(self, stop: Stop = go_on) -> Run:
-        place = (self.folder.name, str(self.folder.path))
-        for event in fit(self.state, self.batches, self.dataset, place, self.save, lambda: stop(self.state)):
+    def train(self, stop: Stop = go_on, watch: Watch | None = None) -> Run:
+        place, budget = (self.folder.name, str(self.folder.path)), Budget.of(self.state.config.train)
+        watch = watch or Watch("continue", Reading)
+
+        def asked() -> str | None:
+            return stop(self.state)
+
+        for event in fit(self.state, self.batches, self.dataset, budget, place, self.save, asked, watch):
             self.events.append(event)
         return self
 
@@ -308,6 +317,109 @@ def test_a_time_budget_trains_decays_evaluates_and_ends(
     run.train()
     assert run.of(Step) == run.of(Saved) == []
     assert run.of(Evaluated)[-1].complete, "a finished run that is resumed is not judged by a part"
+
+
+# --- battery and sleep -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Laptop:
+    """Its power sources, one a look, and a clock that moves on by a minute each time that a stop is asked for."""
+
+    sources: list[Literal["AC", "battery"]]
+    stop_after: float = math.inf
+    asked: int = 0
+
+    def read(self) -> Reading:
+        return Reading(self.sources.pop(0)) if self.sources else Reading("AC")
+
+    def now(self) -> float:
+        return 60.0 * self.asked
+
+    def stop(self, _: TrainState) -> str | None:
+        self.asked += 1
+        return "SIGINT" if self.asked > self.stop_after else None
+
+    def watch(self, on_battery: Literal["continue", "pause"] = "pause") -> Watch:
+        return Watch(on_battery, self.read, sleepless=self.now, awake=self.now)
+
+
+@pytest.fixture
+def told_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are read, and the watch is asked, after each step; and a pause does not wait between looks."""
+    monkeypatch.setattr("siliconlm.training.loop.FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr("siliconlm.hardware.watch.STOP_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("told_each_step")
+def test_a_pause_on_battery_changes_nothing_but_a_save(config: Config, device: Device, dataset: Dataset) -> None:
+    settings = config(model__dropout=0.2, train__eval_every=1000)
+    runs = {}
+    for name, sources in {"straight": [], "paused": ["AC", "AC", "battery", "battery", "battery", "AC"]}.items():
+        laptop = Laptop(sources)
+        runs[name] = Run(settings, device, dataset, name).train(laptop.stop, laptop.watch())
+        assert laptop.asked > 12 or name == "straight", "it did wait"
+    straight, paused = runs["straight"], runs["paused"]
+    assert same(straight.weights(), paused.weights()) and straight.of(Step) == paused.of(Step)
+    assert [event.step for event in straight.of(Saved)] == [12]
+    assert [event.step for event in paused.of(Saved)] == [3, 12]
+    assert paused.folder.at_step(3).manifest["val_loss"] == paused.of(Evaluated)[0].val_loss
+    first, second = paused.of(Notice)
+    assert "paused at step 3" in first.message and "going on" in second.message
+    assert paused.events.index(paused.of(Saved)[0]) < paused.events.index(first)
+    assert straight.events[-1].seconds == paused.events[-1].seconds == 60 * 12, "waiting is not time used"
+
+
+@pytest.mark.usefixtures("told_each_step")
+def test_a_stop_during_a_pause_ends_the_run_without_further_work(
+    config: Config, device: Device, dataset: Dataset
+) -> None:
+    laptop = Laptop(["AC", *["battery"] * 100], stop_after=9)
+    run = Run(config(train__eval_every=1000), device, dataset).train(laptop.stop, laptop.watch())
+    assert laptop.asked <= 11 and laptop.sources, "it was still on battery"
+    *_, saved, notice, last = run.events
+    assert isinstance(saved, Saved) and isinstance(notice, Notice) and "paused" in notice.message
+    assert (last.step, last.reason, last.val_loss) == (2, "SIGINT", None)
+    assert len(run.of(Evaluated)) == 1 and run.folder.newest()[0].step == 2
+
+
+@pytest.mark.usefixtures("told_each_step")
+def test_without_a_wish_to_pause_the_battery_is_told_once(config: Config, device: Device, dataset: Dataset) -> None:
+    laptop = Laptop(["AC", *["battery"] * 5])
+    run = Run(config(), device, dataset).train(laptop.stop, laptop.watch("continue"))
+    assert [(event.level, event.message[:10]) for event in run.of(Notice)] == [
+        ("warning", "on battery"),
+        ("note", "on mains p"),
+    ]
+    assert [event.step for event in run.of(Saved)] == [12]
+
+
+@pytest.mark.usefixtures("told_each_step")
+def test_time_asleep_is_time_used_and_says_nothing_of_the_pace(
+    config: Config, device: Device, dataset: Dataset
+) -> None:
+    """It sleeps for an hour after each step, so that 12 steps use up half a day."""
+    laptop, settings = Laptop([]), config(train__time="12h", train__eval_every=1000)
+    watch = Watch("continue", Reading, sleepless=lambda: 60 * laptop.now())
+    run = Run(settings, device, dataset).train(laptop.stop, watch)
+    assert run.state.step == 12
+    assert [event.message for event in run.of(Notice)] == ["the computer slept for 1:00:00, which is time used"] * 11
+    by_steps = Run(config(train__eval_every=1000), device, dataset, "steps").train(laptop.stop, watch)
+    middle = by_steps.of(Progress)[6]
+    assert middle.seconds >= 6 * 3600 and middle.seconds_left < 60
+
+
+def test_what_is_noticed_stands_in_the_log(
+    config: Config, dataset: Dataset, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    battery = SimpleNamespace(percent=57.4, power_plugged=False)
+    monkeypatch.setattr("psutil.sensors_battery", lambda: battery, raising=False)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    settings = flatten(config(train__save_every=6).model_dump(exclude_none=True), "test")
+    told = list(engine.train(engine.Request("verse", profile="none", flags=(Layer("test", settings),)), "noted"))
+    logged = [event["message"] for event in read_log(RunFolder(home / "runs" / "noted")) if event["event"] == "notice"]
+    assert any("sleep" in message for message in logged) and any("on battery, 57 %" in message for message in logged)
+    assert {event.message for event in told if isinstance(event, Notice)} >= set(logged)
 
 
 # --- averaged weights ------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -140,6 +142,62 @@ def test_adamw_steps_as_torchs_plain_loop_does(config: Config) -> None:
         torch.testing.assert_close(weight, other, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_torchs_to_the_bit(config: Config, fused: bool) -> None:
+    """The same kernels, rates that change, decay, and one parameter that has no gradient now and then."""
+    model, twin = Decoder(config().model), Decoder(config().model)
+    for each in (model, twin):
+        each.initialise(1)
+    settings = OptimConfig(name="adamw", lr=0.01, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2)
+    ours = optim.build(model, settings, torch.float32, fused)
+    decayed = [weight for weight in twin.parameters() if weight.dim() > 1]
+    plain = [weight for weight in twin.parameters() if weight.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.2}, {"params": plain, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9), eps=1e-6, foreach=False, fused=fused)
+    for step in range(6):
+        for index, (weight, other) in enumerate(zip(model.parameters(), twin.parameters(), strict=True)):
+            weight.grad = matrices(weight.shape, 50 * step + index) if (step, index) != (1, 2) else None
+            other.grad = None if weight.grad is None else weight.grad.clone()
+        optim.set_lr(ours, 1 / (1 + step))
+        for group in theirs.param_groups:
+            group["lr"] = 0.01 * (1 / (1 + step))
+        ours[0].step()
+        theirs.step()
+    state = optim.state_tensors(model, ours)
+    for (name, weight), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+        assert theirs.state[other].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for key, value in theirs.state[other].items():
+            assert torch.equal(state[f"{name}/{key}"], value), (name, key)
+
+
+FRESH = """
+import sys
+import numpy as np
+from siliconlm.config import Layer, resolve
+from siliconlm.hardware.device import open_device
+from siliconlm.training.loop import accumulate, update
+from siliconlm.training.state import TrainState
+words = dict(word.split("=") for word in sys.argv[1:])
+config = resolve(Layer("words", words))
+state = TrainState.new(config, open_device(config.machine))
+for step in range(2):
+    accumulate(state, np.full((2, config.model.context + 1), step))
+    update(state, 1.0)
+print("torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("choice", ["optim.name=muon", "optim.name=adamw", "machine.chunked_loss=true"])
+def test_training_does_not_import_torchs_compiler(choice: str) -> None:
+    """That takes more than a second, at each start of a run and in each child that measures."""
+    tiny = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.n_kv_head=1", "model.head_dim=8"]
+    tiny += ["model.n_ff=24", "model.vocab_size=64", "model.context=16", "machine.device=cpu", "machine.threads=1"]
+    words = [*tiny, choice, "train.ema=0.9"]
+    done = subprocess.run([sys.executable, "-c", FRESH, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
 def test_the_rate_is_scaled_from_its_peak_each_time(config: Config) -> None:
     optimisers = optim.build(Decoder(config().model), OptimConfig(lr=1e-3, matrix_lr=0.02), torch.float32)
     for scale in (0.5, 0.1, 1.0):
@@ -153,12 +211,12 @@ def test_the_rate_is_scaled_from_its_peak_each_time(config: Config) -> None:
 def test_state_comes_back_and_the_next_steps_are_the_same(config: Config, name: str, tied: bool) -> None:
     settings = OptimConfig(name=name)
 
-    def fresh() -> tuple[Decoder, list[torch.optim.Optimizer]]:
+    def fresh() -> tuple[Decoder, list[optim.Optimiser]]:
         model = Decoder(config(model__tied=tied).model)
         model.initialise(1)
         return model, optim.build(model, settings, torch.float32)
 
-    def run(model: Decoder, optimisers: list[torch.optim.Optimizer], steps: range) -> None:
+    def run(model: Decoder, optimisers: list[optim.Optimiser], steps: range) -> None:
         for step in steps:
             for index, weight in enumerate(model.parameters()):
                 weight.grad = matrices(weight.shape, 50 * step + index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -95,7 +96,7 @@ def test_a_budget_of_time_keeps_its_reserve() -> None:
 def test_without_a_budget_there_is_no_hidden_default() -> None:
     with pytest.raises(SiliconError, match="no budget") as caught:
         Budget.of(TrainConfig())
-    assert caught.value.fix == "Give --steps, --tokens or --time."
+    assert caught.value.fix == "Give --steps, --tokens, --time or --until."
 
 
 @given(st.integers(1, 500))
@@ -116,3 +117,43 @@ def test_the_time_left() -> None:
     assert Budget(None, 100.0).seconds_left(1.0, 140.0) == 0
     assert Budget(100, None).seconds_left(0.25, 10.0) == pytest.approx(30)
     assert Budget(100, None).seconds_left(0.0, 0.0) is None
+
+
+# --- more time -------------------------------------------------------------------------------------------------------
+
+NOW = datetime(2026, 11, 22, 6, tzinfo=UTC)
+LATER = NOW + timedelta(hours=1)
+
+
+@pytest.mark.parametrize("budget", [Budget(40, None), Budget(None, 90.0), Budget(None, 90.0, 60.0)])
+def test_a_used_up_budget_is_extended_by_a_schedule_of_its_own(budget: Budget) -> None:
+    extended = budget.extended(40, 90.0, 200.0)
+    assert extended == Budget(None, 290.0, start=90.0) and extended.span == 200
+    assert [extended.done(40, seconds) for seconds in (80.0, 90.0, 140.0, 290.0, 300.0)] == [0, 0, 0.25, 1, 1]
+    assert extended.done(40, 180.0, reserve=20.0) == 0.5 and extended.seconds_left(0.25, 140.0) == 150
+    train = TrainConfig(warmup=0.1, decay=0.4)
+    points = {90.0: 0, 100.0: 0.5, 110.0: 1, 210.0: 1, 250.0: 0.5, 290.0: 0}
+    assert [lr_scale(train, extended.done(40, seconds)) for seconds in points] == pytest.approx([*points.values()])
+
+
+def test_a_budget_with_time_left_grows() -> None:
+    assert Budget(None, 90.0).extended(3, 40.0, 30.0) == Budget(None, 120.0)
+    assert Budget(None, 90.0, 60.0).extended(3, 70.0, 30.0) == Budget(None, 120.0, 60.0)
+    assert Budget(None, 90.0, deadline=LATER).extended(3, 70.0, 30.0) == Budget(None, 120.0)
+    with pytest.raises(SiliconError, match="only 39 of 40 steps are done") as caught:
+        Budget(40, None).extended(39, 1e6, 30.0)
+    assert caught.value.fix
+
+
+def test_a_budget_until_a_deadline_is_what_is_left_of_the_day() -> None:
+    budget = Budget(None, 7200.0, deadline=LATER)
+    assert budget.resumed(600.0, NOW) == Budget(None, 4200.0, deadline=LATER)
+    assert budget.resumed(600.0, LATER) == Budget(None, 7200.0), "too late: the time that was left of it"
+    assert Budget(None, 90.0).resumed(10.0, NOW) == Budget(None, 90.0)
+
+
+def test_budgets_in_words() -> None:
+    assert Budget(4000, None).describe() == "4,000 steps"
+    assert [Budget(None, time).describe() for time in (0.5, 90.0, 5400.0)] == ["0.5 s", "90 s", "1h30m"]
+    assert Budget(None, 360.0, 60.0).describe() == "60 s + 5m"
+    assert Budget(None, 5400.0, deadline=LATER).describe() == "1h30m until 2026-11-22 07:00"

@@ -156,6 +156,7 @@ FAULTS: dict[str, tuple[Fault, set[str], set[Feature]]] = {
     "embedding": (Fault("embedding_dense_backward", row_lost), {"embedding"}, {"always"}),
     "cross-entropy": (Fault("nll_loss_backward", ignored_counted), {"cross-entropy"}, {"always"}),
     "softmax": (Fault("_log_softmax", scaled), {"cross-entropy"}, {"always"}),
+    "chunked cross-entropy": (Fault("scatter_add_", nothing_done), {"chunked cross-entropy"}, {"chunked_loss"}),
     "clipping": (Fault("_foreach_mul_", nothing_done), {"gradient clipping"}, {"always"}),
     "attention": (Fault(FLASH, scaled), {"attention"}, {"always"}),
     "attention backward": (Fault(f"{FLASH}_backward", scaled), {"attention"}, {"always"}),

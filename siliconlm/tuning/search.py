@@ -1,0 +1,213 @@
+"""The search for a micro-batch: two or three measurements make a line, and the line says where to look next.
+
+`fastest` looks for speed, `largest` for memory. Neither probes until something breaks: what a size will need is
+predicted first, and one that is predicted not to fit is not tried.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from siliconlm.config import RunConfig, divisors
+from siliconlm.events import Probed
+from siliconlm.hardware.device import Device
+from siliconlm.tuning.memory import forecasts
+from siliconlm.tuning.probe import MEASURE_SECONDS, probe, rate
+
+ENOUGH = 0.98  # the smallest micro-batch within 2 % of the best speed is the best
+CLIFF = (
+    3.0  # times the seconds per token of a smaller micro-batch: memory is being squeezed, so nothing larger is tried
+)
+STRIDE = 4  # the second micro-batch tried is so many times the first: far enough for a line, near enough to fit
+CHILD_SECONDS = 4.0  # until a child has begun: the interpreter, torch, the model
+PATIENCE = 3.0  # times the seconds that a child should take
+SHORTEST_LIMIT = 15.0
+
+Next = Callable[["Search"], int | None]
+
+
+@dataclass(slots=True)
+class Search:
+    """Micro-batches of one resolved config on one device, tried until `deadline` (of time.monotonic).
+
+    The sizes divide the sequences of a step, so that tokens per step never change. `rows` are all tries, in order.
+    """
+
+    config: RunConfig
+    device: Device
+    deadline: float
+    forecast: dict[int, int] = field(default_factory=dict)  # bytes at the peak, by micro-batch
+    rows: list[Probed] = field(default_factory=list)
+    ceiling: int | None = None  # this size and larger ones are out
+    limit: str = ""  # why
+    budget: int = 0
+
+    def __post_init__(self) -> None:
+        self.budget = self.device.memory_budget()
+        most, fault = self.device.largest_micro_batch(self.config.model, self.config.machine)
+        if too_long := [size for size in sizes(self.config) if size > most]:
+            self.ceiling, self.limit = too_long[0], fault
+
+    @property
+    def allowed(self) -> list[int]:
+        """Sizes under the ceiling."""
+        return [size for size in sizes(self.config) if self.ceiling is None or size < self.ceiling]
+
+    @property
+    def fitting(self) -> list[Probed]:
+        """What fits, by size."""
+        return sorted((row for row in self.rows if row.verdict == "fits"), key=lambda row: row.micro_batch)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def run(self, next_size: Next) -> Iterator[Probed]:
+        """Try sizes as `next_size` names them, until it names none, or a size that does not fit any more."""
+        while (micro := next_size(self)) is not None:
+            needed = self.predicted(micro)
+            if needed > self.budget:
+                self._end(micro, f"would need {needed / 1e9:.2f} GB; the budget is {self.budget / 1e9:.2f} GB")
+                yield self._not_tried(micro, "too big", self.limit, needed)
+            elif self.rows and self.seconds_left < self.child_seconds(micro):
+                self._end(micro, "no time left for a bigger one")
+                yield self._not_tried(micro, "stopped", self.limit, needed)
+            else:
+                yield from self.attempt(micro)
+
+    def attempt(self, micro: int) -> Iterator[Probed]:
+        """Try a size. One that should fit and fails gets a second chance: it may have been the machine's mood."""
+        needed = self.predicted(micro)
+        for chance in (1, 2):
+            limit = max(SHORTEST_LIMIT, PATIENCE * self.child_seconds(micro)) if self.rows else self.seconds_left
+            chosen = self.config.replace("probe", **{"machine.micro_batch": micro})
+            row = probe(chosen, self.device, self.budget, max(limit, SHORTEST_LIMIT), needed)
+            row = self._judged(row)
+            self.rows.append(row)
+            yield row
+            if row.verdict in ("fits", "slower") or chance == 2 or self.seconds_left < self.child_seconds(micro):
+                break
+        if row.verdict != "fits":
+            self._end(micro, row.reason)
+
+    def predicted(self, micro: int) -> int:
+        """Bytes at the peak: by the line through the two nearest measurements, else by the forecast, anchored to a
+        measurement where there is one. 0 where nothing is known."""
+        points = sorted((abs(row.micro_batch - micro), row.micro_batch, row.memory) for row in self.fitting)
+        if len(points) >= 2:
+            (_, one, here), (_, two, there) = points[:2]
+            return int(here + (there - here) / (two - one) * (micro - one))
+        if not self.forecast:
+            return 0
+        foreseen = between(self.forecast, micro)
+        if points:
+            _, one, here = points[0]
+            foreseen += here - between(self.forecast, one)
+        return int(foreseen)
+
+    def child_seconds(self, micro: int) -> float:
+        """An estimate of how long the child for a size runs: its start, two cold passes, a warm step."""
+        known = [row for row in self.fitting if row.forward_seconds]
+        if not known:
+            return CHILD_SECONDS
+        forward = between({row.micro_batch: row.forward_seconds for row in known}, micro)
+        return CHILD_SECONDS + max(MEASURE_SECONDS, 3 * forward) + 2 * known[-1].update_seconds
+
+    def speed(self, micro: int) -> float:
+        """Tokens/s of a size: measured, or by the line through the seconds that its neighbours take."""
+        known = {row.micro_batch: row for row in self.fitting}
+        if micro in known:
+            return known[micro].tokens_per_s
+        forward = between({size: row.forward_seconds for size, row in known.items()}, micro)
+        updating = sum(row.update_seconds for row in known.values()) / len(known)
+        return rate(self.config, micro, max(forward, 1e-9), updating)
+
+    def best(self) -> Probed | None:
+        """The smallest micro-batch within 2 % of the best speed among those that fit."""
+        top = max((row.tokens_per_s for row in self.fitting), default=0.0)
+        return next((row for row in self.fitting if row.tokens_per_s >= ENOUGH * top), None)
+
+    def _judged(self, row: Probed) -> Probed:
+        smaller = [other for other in self.fitting if other.micro_batch < row.micro_batch]
+        if row.verdict != "fits" or not smaller:
+            return row
+        quickest = min(smaller, key=lambda other: other.forward_seconds / other.micro_batch)
+        ratio = row.forward_seconds / row.micro_batch / (quickest.forward_seconds / quickest.micro_batch)
+        if ratio <= CLIFF:
+            return row
+        reason = f"{ratio:.1f} x slower per token than a micro-batch of {quickest.micro_batch}"
+        return replace(row, verdict="slower", reason=reason)
+
+    def _end(self, micro: int, reason: str) -> None:
+        self.ceiling, self.limit = micro, reason
+
+    def _not_tried(self, micro: int, verdict: str, reason: str, needed: int) -> Probed:
+        model, dtype = self.config.model, self.device.dtype_name
+        return Probed(micro, model.context, dtype, 0, 0.0, verdict, reason, predicted=needed)  # type: ignore[arg-type]
+
+
+def fastest(search: Search) -> int | None:
+    """The size to try next in search of speed: the smallest that the line puts within 2 % of the best; None at the end.
+
+    A micro-batch takes a fixed time and one that goes with its size, so its speed grows and levels off. The first two
+    sizes make the line, and each further one mends it.
+    """
+    open_sizes = search.allowed
+    if not open_sizes:
+        return None
+    tried = [row.micro_batch for row in search.fitting]
+    if not tried:
+        return None if search.rows else open_sizes[0]
+    if len(tried) == 1:
+        larger = [size for size in open_sizes if size > tried[0]]
+        near = [size for size in larger if size <= STRIDE * tried[0]] or larger[:1]
+        return near[-1] if near else None
+    speeds = {size: search.speed(size) for size in open_sizes if search.predicted(size) <= search.budget}
+    wanted = min(size for size, speed in speeds.items() if speed >= ENOUGH * max(speeds.values()))
+    return None if wanted in tried else wanted
+
+
+def largest(search: Search) -> int | None:
+    """The size to try next in search of the largest that fits; None at the end."""
+    open_sizes = search.allowed
+    tried = [row.micro_batch for row in search.fitting]
+    if not open_sizes or (search.rows and not tried):
+        return None
+    if not tried:
+        return open_sizes[0]
+    larger = [size for size in open_sizes if size > tried[-1]]
+    affordable = [size for size in larger if search.child_seconds(size) <= search.seconds_left]
+    promising = [size for size in affordable if search.predicted(size) <= search.budget]
+    return promising[-1] if promising else next(iter(larger), None)
+
+
+def sizes(config: RunConfig) -> list[int]:
+    """Divisors of the sequences of a step, each about double the one before."""
+    chosen: list[int] = []
+    for size in divisors(config.sequences_per_step):
+        if not chosen or size >= 2 * chosen[-1] or size == config.sequences_per_step:
+            chosen.append(size)
+    return chosen
+
+
+def forecast_sizes(config: RunConfig, device: Device) -> dict[int, int]:
+    """Bytes at the peak of training with the smallest, a middle and the largest micro-batch. Nothing is trained.
+
+    SiliconError where the forecast fails.
+    """
+    every = sizes(config)
+    picked = sorted({every[0], every[len(every) // 2], every[-1]})
+    sized = [config.replace("forecast", **{"machine.micro_batch": micro}) for micro in picked]
+    found = forecasts(sized, device)
+    return {micro: needs.resident or needs.peak for micro, needs in zip(picked, found, strict=True)}
+
+
+def between(points: dict[int, float] | dict[int, int], at: int) -> float:
+    """The value at a point on the line through the two nearest known points; of one point, in proportion to it."""
+    near = sorted(points, key=lambda point: abs(point - at))[:2]
+    if len(near) == 1:
+        return points[near[0]] * at / near[0]
+    one, two = near
+    return points[one] + (points[two] - points[one]) / (two - one) * (at - one)
