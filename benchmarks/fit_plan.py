@@ -42,33 +42,43 @@ def fit(rows: list[dict[str, Any]]) -> LossModel:
     return found
 
 
-def main() -> None:
+def read_runs() -> list[dict[str, Any]]:
+    """The runs of the sweep, with their parameters outside the embedding."""
     rows = [row for row in map(json.loads, RUNS.read_text().splitlines()) if row["kind"] == "run"]
+    return [row | {"size": row["parameters"] - VOCABULARY * int(row["rung"].split("x")[1])} for row in rows]
+
+
+def used(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs near enough to the best of their budget to decide anything."""
+    lowest = {row["seconds"]: math.inf for row in rows}
     for row in rows:
-        width = int(row["rung"].split("x")[1])
-        row["size"] = row["parameters"] - VOCABULARY * width
-    budgets = sorted({row["seconds"] for row in rows})
-    lowest = {budget: min(row["val_loss"] for row in rows if row["seconds"] == budget) for budget in budgets}
-    used = [row for row in rows if row["val_loss"] < lowest[row["seconds"]] + WORST]
-    model = fit(used)
+        lowest[row["seconds"]] = min(lowest[row["seconds"]], row["val_loss"])
+    return [row for row in rows if row["val_loss"] < lowest[row["seconds"]] + WORST]
+
+
+def main() -> None:
+    every = read_runs()
+    rows = used(every)
+    model = fit(rows)
     print(model)
-    errors = [model.loss(row["size"], row["tokens"], UNIQUE) - row["val_loss"] for row in used]
-    print(f"{len(used)} of {len(rows)} runs; root mean square {np.std(errors):.4f}, worst {max(map(abs, errors)):.4f}")
+    errors = [model.loss(row["size"], row["tokens"], UNIQUE) - row["val_loss"] for row in rows]
+    print(f"{len(rows)} of {len(every)} runs; root mean square {np.std(errors):.4f}, worst {max(map(abs, errors)):.4f}")
     left_out = [
-        fit([other for other in used if other is not row]).loss(row["size"], row["tokens"], UNIQUE) - row["val_loss"]
-        for row in used
+        fit([other for other in rows if other is not row]).loss(row["size"], row["tokens"], UNIQUE) - row["val_loss"]
+        for row in rows
     ]
     print(f"each from the others: mean {np.mean(np.abs(left_out)):.4f}, worst {max(map(abs, left_out)):.4f} nats")
-    for budget in budgets:
-        others = fit([row for row in used if row["seconds"] != budget])
-        mine = [row for row in rows if row["seconds"] == budget]
+    for budget in sorted({row["seconds"] for row in every}):
+        others = fit([row for row in rows if row["seconds"] != budget])
+        mine = [row for row in every if row["seconds"] == budget]
+        lowest = min(row["val_loss"] for row in mine)
         chosen = min(mine, key=lambda row: others.loss(row["size"], row["tokens"], UNIQUE))
         print(f"{budget:.0f} s, predicted from the other budgets:")
         for row in mine:
             guess = others.loss(row["size"], row["tokens"], UNIQUE)
             mark = "<- chosen" if row is chosen else ""
             print(f"  {row['rung']:>6} {row['tokens']:>11,} tokens  {row['val_loss']:.4f}  {guess:.4f} {mark}")
-        print(f"  {chosen['val_loss'] - lowest[budget]:.4f} nats above the best of {len(mine)}")
+        print(f"  {chosen['val_loss'] - lowest:.4f} nats above the best of {len(mine)}")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,8 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["tiny", "small", "medium"])
     parser.add_argument("--seconds", type=float, default=3.0, help="how long each setting is timed once it is warm")
     given = parser.parse_args()
-    print(
-        f"{'preset':8}{'profile':>9}  {'chosen':34}{'tokens/s':>10}  {'best of the sweep':34}{'tokens/s':>10}{'ratio':>7}"
-    )
+    sides = [f"{side:34}{'tokens/s':>10}" for side in ("chosen", "best of the sweep")]
+    print(f"{'preset':8}{'profile':>9}  {sides[0]}  {sides[1]}{'ratio':>7}")
     for preset in given.presets:
         compare(preset, given.seconds)
 

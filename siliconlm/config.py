@@ -407,26 +407,34 @@ def profile_folders() -> list[Path]:
 
 def profile_names(kind: str = "preset") -> list[str]:
     """What `read_profile` finds by name."""
-    return sorted({path.stem for folder in _folders(kind) for path in folder.glob("*.toml")})
+    return sorted(_named(kind))
 
 
-def _folders(kind: str) -> list[Path]:
-    """Presets come with the package; profiles are also measured on this machine."""
-    return profile_folders() + ([] if kind == "preset" else [home() / "profiles"])
+def _named(kind: str) -> dict[str, Path]:
+    """Files by name. The package's presets have a [model] table, its profiles have none; profiles are also measured on
+    this machine."""
+    ours = [path for folder in reversed(profile_folders()) for path in folder.glob("*.toml")]
+    ours = [path for path in ours if ("model" in read_toml(path)) == (kind == "preset")]
+    measured = [] if kind == "preset" else (home() / "profiles").glob("*.toml")
+    return {path.stem: path for path in [*measured, *ours]}
 
 
 def read_profile(name: str, *, kind: str = "profile") -> Layer:
     """A preset or profile by name, or a TOML file by path."""
-    path = Path(name)
-    folders = _folders(kind)
+    path, named = Path(name), _named(kind)
     if path.suffix != ".toml" and "/" not in name:
-        found = [folder / f"{name}.toml" for folder in folders if (folder / f"{name}.toml").is_file()]
-        if not found:
-            known = profile_names(kind)
-            fix = nearest(name, known) or f"There are: {', '.join(known)}."
-            raise SiliconError(f"no {kind} named {name}", fix=fix, kind="missing_input")
-        path = found[0]
-    return Layer(f"{kind} {path.stem if path.parent in folders else path}", flatten(read_toml(path), str(path)))
+        if name not in named:
+            raise SiliconError(f"no {kind} named {name}", fix=_instead(name, kind), kind="missing_input")
+        path = named[name]
+    return Layer(f"{kind} {path.stem if path in named.values() else path}", flatten(read_toml(path), str(path)))
+
+
+def _instead(name: str, kind: str) -> str:
+    other = "profile" if kind == "preset" else "preset"
+    if name in _named(other):
+        return f"It is a {other}: type silicon train --{other} {name}."
+    known = profile_names(kind)
+    return nearest(name, known) or f"There are: {', '.join(known)}."
 
 
 def read_toml(path: Path) -> dict[str, Any]:

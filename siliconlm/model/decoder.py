@@ -11,6 +11,7 @@ Parameters are named as the Hugging Face files name them (Qwen3/Llama), so readi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -103,6 +104,7 @@ class Decoder(nn.Module):
         return sum(weight.numel() for weight in self.parameters())
 
 
+@lru_cache(maxsize=64)
 def count_parameters(config: ModelConfig) -> int:
     """Trained numbers of a shape, without making it."""
     with torch.device("meta"):

@@ -108,7 +108,7 @@ class LossModel:
 
 
 # Fitted by benchmarks/fit_plan.py to the runs in benchmarks/results/plan_sweep.jsonl.
-FITTED = LossModel(0.6579, 2.567, 0.1, 581.7, 0.55, 10.0)
+FITTED = LossModel(1.110, 8.72, 0.3, 183.5, 0.45, 5.0)
 
 
 @dataclass(frozen=True, slots=True)

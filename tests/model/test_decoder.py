@@ -131,7 +131,7 @@ def test_a_fresh_model_knows_nothing(shape: ModelConfig) -> None:
     [("tiny", 320, 1), ("small", 320, 10), ("medium", 8192, 40), ("large", 32000, 124)],
 )
 def test_presets_have_the_size_they_say(preset: str, vocabulary: int, millions: int) -> None:
-    shape = resolve(read_profile(preset), Layer("data", {"model.vocab_size": vocabulary})).model
+    shape = resolve(read_profile(preset, kind="preset"), Layer("data", {"model.vocab_size": vocabulary})).model
     with torch.device("meta"):
         model = Decoder(shape)
     assert model.count_parameters() == pytest.approx(millions * 1e6, rel=0.15)

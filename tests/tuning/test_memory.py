@@ -140,7 +140,7 @@ def test_a_tensor_of_4_gib_is_a_hazard_on_apple_gpus() -> None:
 
 
 def test_a_large_model_takes_seconds_and_no_memory() -> None:
-    shape = read_profile("large")
+    shape = read_profile("large", kind="preset")
     settings = {"model.vocab_size": 50_257, "machine.micro_batch": 64}
     config = resolve(shape, Layer("test", settings))
     forecast(configured(), CPU)  # what is imported along the way
@@ -180,7 +180,7 @@ def test_a_forecast_that_fails_says_so(code: str, words: str, monkeypatch: pytes
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_real_process_needs_what_was_forecast(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shape = read_profile("tiny")
+    shape = read_profile("tiny", kind="preset")
     settings = {"model.vocab_size": 4096, "machine.micro_batch": 16, "train.tokens_per_step": 16 * 128}
     settings |= {"machine.checkpointing": checkpointing, "machine.device": "cpu", "machine.threads": 1}
     config = resolve(shape, Layer("test", settings))
