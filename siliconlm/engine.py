@@ -324,6 +324,9 @@ def _shaped(request: Request, dataset: Dataset) -> Generator[Event, None, tuple[
     named = request.preset is not None or any(name.startswith("model.") for name in given)
     if named or not _seconds_of(resolve_request(request, None)):
         return request, 0.0
+    if "machine.micro_batch" in given:
+        fix = "Say which model with --preset, or leave the micro-batch (--profile, --set) out."
+        raise SiliconError("a plan chooses the micro-batch itself", fix=fix)
     return (yield from _planned(request, dataset))
 
 

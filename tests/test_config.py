@@ -40,6 +40,7 @@ VALID: dict[str, Any] = {
     "optim": {"lr": 0.001},
     "machine": {"micro_batch": 4},
 }
+BY_HAND = ["mac-128gb", "mac-16gb", "mac-32gb", "mac-64gb"]
 
 
 def refused(*layers: Layer) -> SiliconError:
@@ -421,6 +422,7 @@ def test_presets_resolve_and_hold_whole_sequences() -> None:
     [
         ("tny", "no preset named tny", "Did you mean tiny?"),
         ("gigantic", "no preset named gigantic", "There are: large, medium, small, tiny."),
+        ("mac-32gb", "no preset named mac-32gb", "It is a profile: type silicon train --profile mac-32gb."),
         ("no/such.toml", "no such file", ""),
         ("missing.toml", "no such file", ""),
     ],
@@ -436,14 +438,27 @@ def test_profiles_in_the_home_are_found_by_name_and_are_no_presets(
 ) -> None:
     monkeypatch.setenv("SILICON_HOME", str(tmp_path))
     (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles" / "apple-m4-0123.toml").write_text("[machine]\nmicro_batch = 4")
-    assert read_profile("apple-m4-0123") == Layer("profile apple-m4-0123", {"machine.micro_batch": 4})
+    (tmp_path / "profiles" / "apple-m4-0123.toml").write_text("[machine]\nmicro_batch = 4\n[model]\ncontext = 64")
+    measured = {"machine.micro_batch": 4, "model.context": 64}
+    assert read_profile("apple-m4-0123") == Layer("profile apple-m4-0123", measured)
     with pytest.raises(SiliconError, match="no profile named") as caught:
         read_profile("gigantic")
-    assert caught.value.fix == "There are: apple-m4-0123, large, medium, small, tiny."
+    assert caught.value.fix == f"There are: apple-m4-0123, {', '.join(BY_HAND)}."
+    with pytest.raises(SiliconError, match="no profile named tiny") as caught:
+        read_profile("tiny")
+    assert caught.value.fix == "It is a preset: type silicon train --preset tiny."
     with pytest.raises(SiliconError, match="no preset named apple-m4-0123") as caught:
         read_profile("apple-m4-0123", kind="preset")
-    assert caught.value.fix == "There are: large, medium, small, tiny."
+    assert caught.value.fix == "It is a profile: type silicon train --profile apple-m4-0123."
+
+
+@pytest.mark.parametrize("profile", BY_HAND)
+@pytest.mark.parametrize("preset", ["tiny", "small", "medium", "large"])
+def test_a_profile_made_by_hand_goes_with_every_preset(profile: str, preset: str) -> None:
+    config = resolve(read_profile(preset, kind="preset"), read_profile(profile))
+    by_profile = {name: value for name, value in config.sources.items() if value == f"profile {profile}"}
+    assert by_profile and all(name.startswith("machine.") for name in by_profile)
+    assert config.machine.micro_batch and config.machine.device == "mps"
 
 
 def test_profiles_beside_an_installed_package_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

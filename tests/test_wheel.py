@@ -54,13 +54,16 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_the_wheel_carries_the_package_and_the_presets(wheel: Path) -> None:
+def test_the_wheel_carries_the_package_presets_and_profiles(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SILICON_HOME", str(tmp_path))  # without profiles measured here
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "siliconlm").rglob("*.py")}
-    presets = {f"siliconlm/profiles/{name}.toml" for name in profile_names()}
-    assert sources <= names and presets <= names
+    settings = {f"siliconlm/profiles/{name}.toml" for kind in ("preset", "profile") for name in profile_names(kind)}
+    assert sources <= names and settings <= names
     assert {name.split("/")[0] for name in names} == {"siliconlm", f"siliconlm-{siliconlm.__version__}.dist-info"}
     needs = {line.split()[1].split(">")[0] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
     assert {"torch", "typer", "rich", "pydantic", "tokenizers", "tomli-w"} <= needs

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from siliconlm.tuning.selftest import INSTEAD
+
 STEPS = 50
 CLOSE = 1e-3  # relative; sums in another order change the losses of these steps by 1e-6
 COARSE = 0.02  # relative; bfloat16 in Muon, as on NVIDIA GPUs, changes them by 5e-3
@@ -22,15 +24,19 @@ SHORT = {
     "train__eval_every": 50,
     "train__save_every": 20,
 }
-LIMIT = 384 << 20  # bytes; the logits of all sequences of a step are 512 MiB, those of one are 8
+# What torch may take of an Apple GPU: room for one of its heaps of 1 GiB. 59 is prime, so only 1 and 59 sequences are
+# tried. The logits of one are 16 MiB; all of them, with their gradient and what is between, are over the limit, but
+# under what every Mac recommends, so that it is not the forecast that says no.
+LIMIT = 2 << 30  # bytes
+SEQUENCES = 59
 WIDE = {
     "model__n_layer": 1,
     "model__n_embd": 16,
     "model__head_dim": 16,
     "model__n_ff": 16,
     "model__context": 256,
-    "model__vocab_size": 8192,
-    "train__tokens_per_step": 64 * 256,
+    "model__vocab_size": 16_384,
+    "train__tokens_per_step": SEQUENCES * 256,
 }
 
 
@@ -73,11 +79,13 @@ def by_step(events: list[dict[str, Any]], kind: str, value: str) -> dict[int, fl
 
 
 def test_doctor_takes_the_gpu_and_its_arithmetic_is_right(computer: Any, kind: str) -> None:
-    answer = computer.silicon("doctor", "--self-test", "--json")
-    found = answer.json()
-    assert found["self_test"] and not [test for test in found["self_test"] if not test["passed"]]
+    found = computer.silicon("doctor", "--self-test", "--json").json()
     assert {choice["setting"]: choice["value"] for choice in found["choices"]}["machine.device"] == kind
-    answer.ended()
+    warned = {check["name"] for check in found["checks"] if check["status"] == "warn"}
+    known = {INSTEAD["long_matmul"]} if "Matrix products" in warned else set()  # M1 and M2 before torch 2.14
+    assert found["self_test"] and not [
+        test for test in found["self_test"] if not test["passed"] and test["remedy"] not in known
+    ]
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
@@ -110,13 +118,13 @@ def test_memory_that_ends_is_an_answer_and_what_fits_in_it_trains(computer: Any,
         "PYTORCH_MPS_LOW_WATERMARK_RATIO": "0.0",
     }
     found = probe(computer, kind, WIDE, **limit)
-    verdicts = {row["micro_batch"]: row for row in found["probes"]}
-    assert verdicts[1]["verdict"] == "fits"
-    assert verdicts[64]["verdict"] == "too big" and "out of memory" in verdicts[64]["reason"]
-    chosen = found["choices"][0]["value"]
-    assert verdicts[chosen]["verdict"] == "fits"
-    words = computer.training("limited", 2, machine__micro_batch=chosen, **WIDE)
-    computer.silicon(*words, "--device", kind, **limit).ended()
+    fits, *too_big = found["probes"]
+    assert (fits["micro_batch"], fits["verdict"]) == (1, "fits")
+    assert {(row["micro_batch"], row["verdict"]) for row in too_big} == {(SEQUENCES, "too big")}
+    assert all("out of memory" in row["reason"] for row in too_big)
+    assert [choice["value"] for choice in found["choices"]] == [1]
+    words = computer.training("limited", 2, machine__micro_batch=1, **WIDE)
+    assert computer.silicon(*words, "--device", kind, **limit).ended().events("finished")[0]["step"] == 2
 
 
 def test_a_stopped_run_goes_on_where_it_was(computer: Any, straight: Any, stopped: list[dict[str, Any]]) -> None:

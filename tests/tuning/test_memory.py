@@ -188,3 +188,15 @@ def test_a_real_process_needs_what_was_forecast(checkpointing: bool, monkeypatch
     answer = run_child(config, CPU, 8 << 30, 120.0)
     assert found.resident == pytest.approx(answer.values["memory"], rel=0.15)
     assert found.peak < found.resident - found.base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["tiny", "small", "medium", "large"])
+@pytest.mark.parametrize(
+    ("profile", "working_set"),  # GiB that Metal recommends on the smallest Mac of the class
+    [("mac-16gb", 5.33), ("mac-32gb", 21.33), ("mac-64gb", 48.0), ("mac-128gb", 96.0)],
+)
+def test_a_profile_made_by_hand_fits_the_macs_it_is_for(profile: str, working_set: float, preset: str) -> None:
+    layers = read_profile(preset, kind="preset"), read_profile(profile)
+    found = forecast(resolve(*layers, Layer("data", {"model.vocab_size": 32_000})), APPLE)
+    assert found.peak < 0.9 * working_set * 2**30 and not found.hazards
