@@ -259,6 +259,7 @@ def _sustained(tuning: Tuning) -> Generator[Event, None, Probed | None]:
     config = search.config.replace("profile", **{"machine.micro_batch": micro})
     needed = search.predicted(micro)
     row = probe(config, search.device, search.budget, 3 * search.seconds_left, needed, measure=SUSTAINED_SECONDS)
+    row = replace(row, variant=", ".join(word for word in (row.variant, f"{SUSTAINED_SECONDS:.0f} s") if word))
     tuning.rows.append(row)
     yield row
     if row.verdict != "fits":

@@ -7,6 +7,7 @@ predicted first, and one that is predicted not to fit is not tried.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -93,18 +94,15 @@ class Search:
             self._end(micro, row.reason)
 
     def predicted(self, micro: int) -> int:
-        """Bytes at the peak: by the line through the two nearest measurements, else by the forecast, anchored to a
-        measurement where there is one. 0 where nothing is known."""
-        points = sorted((abs(row.micro_batch - micro), row.micro_batch, row.memory) for row in self.fitting)
-        if len(points) >= 2:
-            (_, one, here), (_, two, there) = points[:2]
-            return int(here + (there - here) / (two - one) * (micro - one))
+        """Bytes at the peak: the forecast, corrected by how far it was off at the nearest size measured; without a
+        forecast the line through the measurements. 0 where nothing is known."""
+        measured = {row.micro_batch: row.memory for row in self.fitting}
         if not self.forecast:
-            return 0
+            return int(between(measured, micro)) if len(measured) > 1 else 0
         foreseen = between(self.forecast, micro)
-        if points:
-            _, one, here = points[0]
-            foreseen += here - between(self.forecast, one)
+        if measured:
+            near = min(measured, key=lambda size: abs(size - micro))
+            foreseen *= measured[near] / between(self.forecast, near)
         return int(foreseen)
 
     def child_seconds(self, micro: int) -> float:
@@ -205,9 +203,11 @@ def forecast_sizes(config: RunConfig, device: Device) -> dict[int, int]:
 
 
 def between(points: dict[int, float] | dict[int, int], at: int) -> float:
-    """The value at a point on the line through the two nearest known points; of one point, in proportion to it."""
-    near = sorted(points, key=lambda point: abs(point - at))[:2]
-    if len(near) == 1:
-        return points[near[0]] * at / near[0]
-    one, two = near
+    """The value at a point on the line through its two neighbours among the known points, or through the two at the
+    end beyond which it lies; of one point, in proportion to it."""
+    known = sorted(points)
+    if len(known) == 1:
+        return points[known[0]] * at / known[0]
+    after = min(max(bisect_left(known, at), 1), len(known) - 1)
+    one, two = known[after - 1], known[after]
     return points[one] + (points[two] - points[one]) / (two - one) * (at - one)
