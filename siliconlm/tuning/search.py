@@ -22,6 +22,7 @@ CLIFF = (
     3.0  # times the seconds per token of a smaller micro-batch: memory is being squeezed, so nothing larger is tried
 )
 STRIDE = 4  # the second micro-batch tried is so many times the first: far enough for a line, near enough to fit
+SPARE = 0.4  # of the time left, that a try which only refines the answer may take
 CHILD_SECONDS = 4.0  # until a child has begun: the interpreter, torch, the model
 PATIENCE = 3.0  # times the seconds that a child should take
 SHORTEST_LIMIT = 15.0
@@ -164,7 +165,13 @@ def fastest(search: Search) -> int | None:
         return near[-1] if near else None
     speeds = {size: search.speed(size) for size in open_sizes if search.predicted(size) <= search.budget}
     wanted = min(size for size, speed in speeds.items() if speed >= ENOUGH * max(speeds.values()))
-    return None if wanted in tried else wanted
+    if wanted not in tried:
+        return wanted
+    # Between a size and another four times as large a line can hide a hill, so the best's neighbours are climbed.
+    quickest = max(search.fitting, key=lambda row: row.tokens_per_s).micro_batch
+    around = [size for size in speeds if size > quickest][:1] + [size for size in speeds if size < quickest][-1:]
+    spare = [size for size in around if size not in tried and search.child_seconds(size) < SPARE * search.seconds_left]
+    return spare[0] if spare else None
 
 
 def largest(search: Search) -> int | None:
