@@ -6,6 +6,7 @@ least 2 % faster; each choice says what it was held against.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,7 @@ class Tuning:
             return
         changed = config.replace("profile", **{setting: value, "machine.micro_batch": micro})
         device = replace(open_device(changed.machine), faults=self.search.device.faults)
-        limit = 3 * (self.search.child_seconds(micro) + extra)
+        limit = self.search.patience(micro, extra)
         row = probe(changed, device, self.search.budget, limit, self.search.predicted(micro))
         self.rows.append(row)
         yield row
@@ -201,7 +202,8 @@ def _checkpointing(tuning: Tuning, plain: Search) -> Iterator[Event]:
     if tuning.search.config.machine.checkpointing or tuning.fixed("machine.checkpointing"):
         return
     larger = [row.micro_batch for row in tuning.rows if row.verdict == "too big"]
-    expected = max((plain.speed(size) for size in larger), default=0.0)
+    known = len(plain.fitting) > 1  # else there is no line, and only a try can tell
+    expected = max((plain.speed(size) for size in larger), default=0.0) if known else math.inf
     fault = tuning.search.device.faults.get("checkpointing")
     if not larger:
         tuning.choose("machine.checkpointing", False, "the memory suffices without it")
@@ -257,8 +259,8 @@ def _sustained(tuning: Tuning) -> Generator[Event, None, Probed | None]:
     if search.seconds_left < search.child_seconds(micro) + SUSTAINED_SECONDS:
         return None
     config = search.config.replace("profile", **{"machine.micro_batch": micro})
-    needed = search.predicted(micro)
-    row = probe(config, search.device, search.budget, 3 * search.seconds_left, needed, measure=SUSTAINED_SECONDS)
+    limit, needed = search.patience(micro, SUSTAINED_SECONDS), search.predicted(micro)
+    row = probe(config, search.device, search.budget, limit, needed, measure=SUSTAINED_SECONDS)
     row = replace(row, variant=", ".join(word for word in (row.variant, f"{SUSTAINED_SECONDS:.0f} s") if word))
     tuning.rows.append(row)
     yield row

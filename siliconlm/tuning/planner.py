@@ -108,7 +108,7 @@ class LossModel:
 
 
 # Fitted by benchmarks/fit_plan.py to the runs in benchmarks/results/plan_sweep.jsonl.
-FITTED = LossModel(1.110, 8.72, 0.3, 183.5, 0.45, 5.0)
+FITTED = LossModel(1.0978, 8.9366, 0.3, 186.24, 0.45, 5.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ CLIFF = (
 STRIDE = 4  # the second micro-batch tried is so many times the first: far enough for a line, near enough to fit
 SPARE = 0.4  # of the time left, that a try which only refines the answer may take
 CHILD_SECONDS = 4.0  # until a child has begun: the interpreter, torch, the model
-PATIENCE = 3.0  # times the seconds that a child should take
+PATIENCE = 3.0  # times the seconds that a child should take, and it counts as hanging
 SHORTEST_LIMIT = 15.0
 
 Next = Callable[["Search"], int | None]
@@ -68,6 +68,8 @@ class Search:
 
     def run(self, next_size: Next) -> Iterator[Probed]:
         """Try sizes as `next_size` names them, until it names none, or a size that does not fit any more."""
+        if not self.allowed:
+            yield self._not_tried(sizes(self.config)[0], "too big", self.limit, 0)
         while (micro := next_size(self)) is not None:
             needed = self.predicted(micro)
             if needed > self.budget:
@@ -83,10 +85,8 @@ class Search:
         """Try a size. One that should fit and fails gets a second chance: it may have been the machine's mood."""
         needed = self.predicted(micro)
         for chance in (1, 2):
-            limit = max(SHORTEST_LIMIT, PATIENCE * self.child_seconds(micro)) if self.rows else self.seconds_left
             chosen = self.config.replace("probe", **{"machine.micro_batch": micro})
-            row = probe(chosen, self.device, self.budget, max(limit, SHORTEST_LIMIT), needed)
-            row = self._judged(row)
+            row = self._judged(probe(chosen, self.device, self.budget, self.patience(micro), needed))
             self.rows.append(row)
             yield row
             if row.verdict in ("fits", "slower") or chance == 2 or self.seconds_left < self.child_seconds(micro):
@@ -113,6 +113,15 @@ class Search:
             return CHILD_SECONDS
         forward = between({row.micro_batch: row.forward_seconds for row in known}, micro)
         return CHILD_SECONDS + max(MEASURE_SECONDS, 3 * forward) + 2 * known[-1].update_seconds
+
+    def patience(self, micro: int, extra: float = 0.0) -> float:
+        """Seconds after which the child for a size counts as hanging, where it should take `extra` ones beside its own.
+
+        Before anything is known it is half of the time there is, so that a second chance has the other half.
+        """
+        left = self.seconds_left if self.rows else self.seconds_left / 2
+        usual = PATIENCE * (self.child_seconds(micro) + extra) if self.fitting else left
+        return max(SHORTEST_LIMIT, min(usual, left))
 
     def speed(self, micro: int) -> float:
         """Tokens/s of a size: measured, or by the line through the seconds that its neighbours take."""
@@ -167,9 +176,8 @@ def fastest(search: Search) -> int | None:
     wanted = min(size for size, speed in speeds.items() if speed >= ENOUGH * max(speeds.values()))
     if wanted not in tried:
         return wanted
-    # Between a size and another four times as large a line can hide a hill, so the best's neighbours are climbed.
-    quickest = max(search.fitting, key=lambda row: row.tokens_per_s).micro_batch
-    around = [size for size in speeds if size > quickest][:1] + [size for size in speeds if size < quickest][-1:]
+    # Between a size and another four times as large a line can hide a hill, so the best's neighbours are tried.
+    around = [size for size in speeds if size > wanted][:1] + [size for size in speeds if size < wanted][-1:]
     spare = [size for size in around if size not in tried and search.child_seconds(size) < SPARE * search.seconds_left]
     return spare[0] if spare else None
 

@@ -27,7 +27,19 @@ from siliconlm.training.loop import evaluate, result_of
 if TYPE_CHECKING:
     from .conftest import Silicon, Trained
 
-COMMANDS = ["doctor", "prepare", "probe-batch", "profile", "train", "resume", "sample", "eval", "runs", "settings"]
+COMMANDS = [
+    "doctor",
+    "prepare",
+    "probe-batch",
+    "profile",
+    "plan",
+    "train",
+    "resume",
+    "sample",
+    "eval",
+    "runs",
+    "settings",
+]
 ESCAPE = "\x1b"
 
 HELP = """

@@ -2,6 +2,7 @@
 its own children (a probe starts some). It must be there before anything asks torch for one, as the answer is kept."""
 
 import os
+import sys
 
 if "SIMMPS_LIB" in os.environ:
     import torch
@@ -11,3 +12,8 @@ if "SIMMPS_LIB" in os.environ:
     # Only the macOS build has these two.
     torch._C._mps_get_name = lambda: os.environ.get("SIMMPS_CHIP", "Apple M4")
     torch._C._mps_get_core_count = lambda: 10
+
+if "SIMMPS_FATES" in os.environ and "siliconlm.tuning.child" in sys.orig_argv:
+    import fates
+
+    fates.await_them()
