@@ -172,7 +172,7 @@ def tune(request: Request, dataset: Dataset, dry: bool = False) -> Generator[Eve
 
 def _measured(config: RunConfig, device: Device, seconds: float) -> Generator[Event, None, profiles.Profile]:
     """A profile measured now and kept. The device's arithmetic is tested before, if it never was."""
-    device = yield from tested(device)
+    device = yield from tested(device, config.machine)
     config = yield from gated(config, device)
     if (busy := processor_share()) > BUSY:
         yield Notice(f"other programs take {busy:.0%} of the processor: the figures will be low", "warning")

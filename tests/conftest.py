@@ -71,7 +71,7 @@ class Computer:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=900,  # of a slow test; pytest ends the others sooner
             env=self.environment(**environment),
         )
         return Result(done.returncode, done.stdout, done.stderr)

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -223,15 +224,17 @@ def profiles(rows: list[dict[str, Any]], json_out: bool) -> None:
         out.print("nothing is measured yet: silicon profile")
         return
     table = Table(box=None, header_style="bold", padding=(0, 1))
-    for name in ("model", "device", "power", "micro-batch", "dtype", "tokens/s", "state", "file"):
-        table.add_column(name, justify="right" if name in ("micro-batch", "tokens/s") else "left", overflow="fold")
+    for name in ("model", "device", "power", "micro-batch", "dtype", "tokens/s", "file", "state"):
+        right = name in ("micro-batch", "tokens/s")
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name == "file")
     for row in rows:
         settings = row.get("settings", {})
         micro, dtype = settings.get("machine.micro_batch", "-"), settings.get("machine.dtype", "-")
         rate = f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "-"
         cells = (str(row.get(name, "-")) for name in ("shape", "device", "power"))
-        table.add_row(*cells, str(micro), str(dtype), rate, row["state"], Text(row["file"], style="dim"))
+        table.add_row(*cells, str(micro), str(dtype), rate, Path(row["file"]).name, row["state"])
     out.print(table)
+    out.print(Text(f"in {Path(rows[0]['file']).parent}", style="dim"))
 
 
 class nothing:

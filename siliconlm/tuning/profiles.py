@@ -119,7 +119,7 @@ def all_profiles(here: dict[str, Any]) -> Iterator[dict[str, Any]]:
         try:
             found = read_measured(path)
         except SiliconError as error:
-            yield {"file": str(path), "state": f"damaged: {error}"}
+            yield {"file": str(path), "state": f"damaged: {error.what}"}
             continue
         mark = found.fingerprint
         changed = [name for name, value in here.items() if mark.get(name) != value]

@@ -41,8 +41,11 @@ def open_sound(machine: MachineConfig, unusable: Feature = "always") -> Generato
     """
     kinds = available() if machine.device == "auto" else [machine.device]
     for kind in kinds:
-        device = open_device(machine.model_copy(update={"device": kind} if len(kinds) > 1 else {}))
+        passed_over = kind != kinds[0]
+        device = open_device(machine.model_copy(update={"device": kind}) if passed_over else machine)
         device = replace(device, faults=known(device) or {})
+        if passed_over:
+            device = _decided(device, "machine.device", kind, f"{kinds[0]} fails the self-test")
         fault = next((device.faults[name] for name in ("always", unusable) if name in device.faults), None)
         if fault is None:
             return _sound_dtype(device, machine)
@@ -55,9 +58,14 @@ def _sound_dtype(device: Device, machine: MachineConfig) -> Device:
     fault = device.faults.get(device.dtype_name)
     if fault is None or machine.dtype != "auto":
         return device
-    others = [choice for choice in device.choices if choice.setting != "machine.dtype"]
     reason = f"{device.dtype_name} fails the self-test ({fault})"
-    return replace(device, dtype=DTYPES["float32"], choices=[*others, Chosen("machine.dtype", "float32", reason)])
+    return _decided(replace(device, dtype=DTYPES["float32"]), "machine.dtype", "float32", reason)
+
+
+def _decided(device: Device, setting: str, value: str, reason: str) -> Device:
+    """The device with another choice in place of the one it made of a setting."""
+    others = [choice for choice in device.choices if choice.setting != setting]
+    return replace(device, choices=[*others, Chosen(setting, value, reason)])
 
 
 def gated(config: RunConfig, device: Device) -> Generator[Event, None, RunConfig]:
@@ -75,8 +83,11 @@ def gated(config: RunConfig, device: Device) -> Generator[Event, None, RunConfig
     return config
 
 
-def tested(device: Device) -> Generator[Event, None, Device]:
-    """The device with what the self-test finds; the test is run where it never was on this machine."""
+def tested(device: Device, machine: MachineConfig) -> Generator[Event, None, Device]:
+    """The device with what the self-test finds; the test is run where it never was on this machine.
+
+    One that proves unusable is left for another, as in `open_sound`, which is tested in turn.
+    """
     faults = known(device)
     if faults is None:
         yield Notice("testing this device's arithmetic once (a few seconds)")
@@ -84,9 +95,12 @@ def tested(device: Device) -> Generator[Event, None, Device]:
         faults = remember(device, verdicts)
         if not faults:
             yield Notice(f"{len(verdicts)} of {len(verdicts)} checks passed")
+        if "always" in faults:
+            device = yield from open_sound(machine)
+            return (yield from tested(device, machine))
     for feature, fault in faults.items():
         yield Notice(f"{feature} is avoided: {fault}", "warning")
-    return replace(device, faults=faults)
+    return _sound_dtype(replace(device, faults=faults), machine)
 
 
 def known(device: Device) -> dict[str, str] | None:
