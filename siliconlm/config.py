@@ -249,7 +249,9 @@ class RunConfig(Section):
 
     def replace(self, source: str, **values: Any) -> RunConfig:
         """A copy with dotted settings changed, e.g. `replace("probe", **{"machine.micro_batch": 8})`."""
-        return resolve(*layers_of(self), Layer(source, values))
+        flat = flatten(self.model_dump(exclude={"sources"}, exclude_none=True), source)
+        given = {name: value for name, value in values.items() if value is not None}
+        return _validate(flat | given, self.sources | dict.fromkeys(given, source))
 
     def with_time(self, source: str, seconds: float) -> RunConfig:
         """A copy with a time budget in place of its own. It keeps every other value, also those that are defaults."""
@@ -353,15 +355,6 @@ def sampling(**values: Any) -> SampleConfig:
         reason = problem["msg"].removeprefix("Value error, ")
         message = f"{flag} {values[str(problem['loc'][0])]}: {reason[0].lower()}{reason[1:]}"
         raise SiliconError(message, fix="See silicon sample --help.") from None
-
-
-def layers_of(config: RunConfig) -> list[Layer]:
-    """A resolved config as layers again, one a source, so that more can be laid on top."""
-    flat = flatten(config.model_dump(exclude_none=True), "config")
-    by_source: dict[str, dict[str, Any]] = {}
-    for name, source in config.sources.items():
-        by_source.setdefault(source, {})[name] = flat[name]
-    return [Layer(source, values) for source, values in by_source.items()]
 
 
 def flatten(tables: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -492,6 +492,7 @@ def resume(
     if device and device != config.machine.device:
         config = config.replace("--device", **{"machine.device": device, "machine.dtype": "auto"})
         yield Notice(f"going on with {device}: the result will not be the same to the bit", "warning")
+        config = yield from _moved(config)
     if on_battery:
         config = config.replace("--on-battery", **{"machine.on_battery": on_battery})
     with run.lock():
@@ -506,6 +507,16 @@ def resume(
             if about.get("data") != dataset.fingerprint:
                 raise other_data(str(dataset.path))
             yield from _logged(run, _run(run, config, dataset, stop, checkpoint, extend=extend))
+
+
+def _moved(config: RunConfig) -> Generator[Event, None, RunConfig]:
+    """The config of a run that goes on with another device, within what that device can do."""
+    place = yield from open_sound(config.machine)
+    place.check_model(config.model)
+    most, _ = place.largest_micro_batch(config.model, config.machine)
+    if (config.machine.micro_batch or 1) > most:
+        config = config.model_copy(update={"machine": config.machine.model_copy(update={"micro_batch": None})})
+    return (yield from _fill_machine(config, place))
 
 
 def _dataset_of(config: RunConfig, about: Mapping[str, Any]) -> Dataset:

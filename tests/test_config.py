@@ -514,7 +514,6 @@ def test_a_profile_with_damaged_bytes_is_refused_or_valid(tmp_path: Path, conten
     config = survives(path)
     if config:
         assert config.train.tokens_per_step % config.model.context == 0
-        assert resolve(*configs.layers_of(config)) == config
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

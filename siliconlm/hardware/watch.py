@@ -34,7 +34,7 @@ from siliconlm.hardware.facts import (
 
 MAC = platform.system() == "Darwin"
 # Nobody can set these. Linux's CLOCK_MONOTONIC_RAW stands still during sleep, and so does perf_counter on both.
-SLEEPLESS = time.CLOCK_MONOTONIC_RAW if MAC else time.CLOCK_BOOTTIME
+SLEEPLESS = "CLOCK_MONOTONIC_RAW" if MAC else "CLOCK_BOOTTIME"
 
 SLEEP_SECONDS = 5.0  # the least that is told
 SLOW = 0.7  # of the usual speed
@@ -55,7 +55,8 @@ OVER = {
 
 def sleepless() -> float:
     """Seconds by a clock that goes on while the computer sleeps: what a time budget is measured by."""
-    return time.clock_gettime(SLEEPLESS)
+    number = getattr(time, SLEEPLESS, None)  # other systems have no such clock
+    return time.monotonic() if number is None else time.clock_gettime(number)
 
 
 # --- staying awake --------------------------------------------------------------------------------------------------

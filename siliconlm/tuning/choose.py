@@ -49,6 +49,8 @@ class Tuning:
         return setting in self.config.sources
 
     def choose(self, setting: str, value: object, reason: str) -> None:
+        """Note a choice; an earlier one of another value no longer holds."""
+        self.choices = [item for item in self.choices if item.setting != setting or item.value == value]
         self.choices.append(Chosen(setting, value, reason))
 
     def compare(self, setting: str, value: Any, gain: float = 1 / ENOUGH, extra: float = 0.0) -> Iterator[Event]:
@@ -125,8 +127,7 @@ def _start(config: RunConfig, device: Device, deadline: float) -> Generator[Even
     rows: list[Probed] = []
     settled, context = settle(config, device), config.model.context
     while True:
-        for saver in SAVERS:
-            changes = {name: on for name, on in saver.items() if name.removeprefix("machine.") not in device.faults}
+        for changes in _savers(config, device):
             shaped = settled.replace("profile", **{"model.context": context, **changes})
             search = yield from searching(shaped, device, deadline)
             for row in search.run(fastest):
@@ -141,7 +142,8 @@ def _start(config: RunConfig, device: Device, deadline: float) -> Generator[Even
                 return tuning
             if rows[-1].verdict in ("failed", "stopped"):
                 break  # less memory would not help
-        if rows[-1].verdict in ("failed", "stopped") or context // 2 < SMALLEST_CONTEXT:
+        hopeless = rows[-1].verdict in ("failed", "stopped")
+        if hopeless or _by_hand(config, "model.context") or context % 2 or context // 2 < SMALLEST_CONTEXT:
             raise SiliconError(
                 f"not even one sequence of {context} tokens can be trained here: {rows[-1].reason}",
                 fix="Choose a smaller --preset" + ("." if device.resident else ", or --device cpu."),
@@ -149,6 +151,25 @@ def _start(config: RunConfig, device: Device, deadline: float) -> Generator[Even
             )
         yield Notice(f"one sequence of {context} tokens does not fit; trying {context // 2}", "warning")
         context //= 2
+
+
+def _savers(config: RunConfig, device: Device) -> list[dict[str, bool]]:
+    """SAVERS without what is broken here or was set otherwise by hand, each different one once."""
+    found: list[dict[str, bool]] = []
+    for saver in SAVERS:
+        usable = {
+            name: on
+            for name, on in saver.items()
+            if name.removeprefix("machine.") not in device.faults and name not in config.sources
+        }
+        if usable not in found:
+            found.append(usable)
+    return found
+
+
+def _by_hand(config: RunConfig, setting: str) -> bool:
+    """Whether a setting came from the command line, and so would lie above a profile that changes it."""
+    return config.sources.get(setting, "").startswith("--")
 
 
 def _tell_context(tuning: Tuning, context: int) -> None:
@@ -160,10 +181,10 @@ def _tell_context(tuning: Tuning, context: int) -> None:
 def _dtype(tuning: Tuning, device: Device) -> Iterator[Event]:
     if tuning.fixed("machine.dtype"):
         return
-    own = device.dtype_name
     for name, against in other_dtypes(device):
         fault = device.faults.get(name)
         if against or fault:
+            own = tuning.search.config.machine.dtype
             tuning.choose("machine.dtype", own, against or f"{name} fails the self-test ({fault})")
         else:
             yield from tuning.compare("machine.dtype", name)

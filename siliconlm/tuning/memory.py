@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -102,8 +102,9 @@ def forecasts(configs: list[RunConfig], device: Device, seconds: float = 60.0) -
             processes.enter_context(child)
             processes.callback(child.kill)
             assert child.stdin is not None
-            child.stdin.write(json.dumps(for_child(config, device)).encode())
-            child.stdin.close()
+            with suppress(BrokenPipeError):  # it has died already, and what it left says why
+                child.stdin.write(json.dumps(for_child(config, device)).encode())
+                child.stdin.close()
             child.stdin = None
             begun.append(child)
         return [_result(child, deadline) for child in begun]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +144,11 @@ def plan(
     """
     known = {} if refresh else read_speeds(device, configure)
     too_big: set[str] = set()
+    reason = "it is over the memory budget"
     while True:
         usable = [rung for rung in LADDER if rung.name not in too_big]
         if not usable:
-            raise SiliconError(
-                "not even the smallest model of the ladder can be trained here",
-                fix="Close other programs, or choose another --device.",
-                kind="out_of_memory",
-            )
+            raise _nothing_fits(reason)
         rows = [_planned(rung, known, device, task, configure) for rung in usable] if known else []
         wanted = _to_measure(usable, known, rows)
         if wanted is None:
@@ -161,15 +158,23 @@ def plan(
         yield replace(tried, variant=", ".join(word for word in (wanted.name, tried.variant) if word))
         if tried.verdict != "fits":
             too_big |= {rung.name for rung in LADDER[LADDER.index(wanted) :]}
+            reason = tried.reason
             continue
         seconds = tried.forward_seconds / (tried.micro_batch * tried.context)
         known[wanted.name] = Speed(seconds, tried.update_seconds, tried.memory)
         keep_speeds(device, configure, known)
     fitting = [row for row in rows if row.memory <= device.memory_budget()]
+    if not fitting:
+        raise _nothing_fits(reason)
     best = min(fitting, key=lambda row: row.val_loss)
     for row in rows:
         yield replace(row, chosen=True) if row is best else row
     return best, next(rung for rung in LADDER if rung.name == best.rung)
+
+
+def _nothing_fits(reason: str) -> SiliconError:
+    what = f"not even the smallest model of the ladder can be trained here: {reason}"
+    return SiliconError(what, fix="Close other programs, or choose another --device.", kind="out_of_memory")
 
 
 def _to_measure(usable: list[Rung], known: dict[str, Speed], rows: list[Planned]) -> Rung | None:
@@ -266,7 +271,9 @@ def read_speeds(device: Device, configure: Configure) -> dict[str, Speed]:
     if not path.is_file():
         return {}
     try:
-        return {name: Speed(**values) for name, values in read_toml(path)["speeds"].items()}
+        found = {name: Speed(**values) for name, values in read_toml(path)["speeds"].items()}
+        whole = found.keys() <= {rung.name for rung in LADDER}
+        return found if whole and all(min(astuple(speed)) > 0 for speed in found.values()) else {}
     except (SiliconError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -30,6 +30,7 @@ POLL_SECONDS = 0.05
 CHILD = (sys.executable, "-P", "-m", "siliconlm.tuning.child")  # -P: no module out of the user's current folder
 SWAP_GROWTH = 64 << 20
 DRIVER_OUT_OF_MEMORY = "Insufficient Memory"  # Metal says this on stderr and goes on with unfinished buffers
+COLD = "timed on the first step"
 CANARY = 0.01  # nats by which the same loss may differ when computed twice
 
 
@@ -77,7 +78,7 @@ def probe(
     if row.memory > budget:
         return replace(row, verdict="too big", reason=f"over the memory budget of {budget / 1e9:.1f} GB")
     if answer.cold:
-        return replace(row, verdict="fits", reason="timed on the first step")
+        return replace(row, verdict="fits", reason=COLD)
     burst = rate(config, row.micro_batch, answer.values["burst_seconds"], updating)
     return replace(row, verdict="fits", burst=round(burst, 1))
 
@@ -116,6 +117,7 @@ def run_child(
 def for_child(config: RunConfig, device: Device) -> dict[str, object]:
     """The settings as JSON tables, with the device's own dtype and threads in them."""
     tables = config.model_dump(exclude_none=True)
+    tables["train"].pop("until", None)  # a moment is no JSON, and no matter of one step
     tables["machine"] |= {"device": device.kind, "dtype": device.dtype_name, "threads": device.threads}
     return tables
 
@@ -159,12 +161,12 @@ def _resident(pid: int) -> int:
 
 def _answer(code: int, stopped: Answer | None, out: str, err: str) -> Answer:
     values = _last_object(out)
+    if DRIVER_OUT_OF_MEMORY in err:  # also before a hang, where the first step's answer would be believed
+        return Answer({}, "the GPU's driver ran out of memory", out_of_memory=True)
     if stopped and stopped.stopped and "forward_seconds" in values:
         return Answer(values, cold=True)
     if stopped:
         return stopped
-    if DRIVER_OUT_OF_MEMORY in err:
-        return Answer({}, "the GPU's driver ran out of memory", out_of_memory=True)
     if code < 0:
         return Answer({}, f"the process was killed by signal {-code}", out_of_memory=code == -9)
     if code or not values:  # an answer of the first step does not make up for a crash in the second

@@ -59,8 +59,11 @@ def machine_mark(device: Device) -> dict[str, Any]:
 def fingerprint(config: RunConfig, device: Device) -> dict[str, Any]:
     """What a profile depends on. A change in any of these means measuring again."""
     shape = config.model.model_dump()
+    untouched = (None, "self-test")  # what the self-test ruled out follows from the faults below
     by_hand = {
-        name: value for name, value in config.machine.model_dump().items() if f"machine.{name}" in config.sources
+        name: value
+        for name, value in config.machine.model_dump().items()
+        if config.sources.get(f"machine.{name}") not in untouched
     }
     return machine_mark(device) | {
         "power": power(sys.platform == "darwin")[0] or "unknown",
@@ -69,6 +72,7 @@ def fingerprint(config: RunConfig, device: Device) -> dict[str, Any]:
         "faults": sorted(device.faults),
         "tokens_per_step": config.train.tokens_per_step,
         "optimizer": config.optim.name,
+        "average": config.train.ema > 0,
         "shape": f"{config.model.n_layer}x{config.model.n_embd}, context {config.model.context}",
         "model": hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16],
     }

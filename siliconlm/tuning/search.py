@@ -15,7 +15,7 @@ from siliconlm.config import RunConfig, divisors
 from siliconlm.events import Probed
 from siliconlm.hardware.device import Device
 from siliconlm.tuning.memory import forecasts
-from siliconlm.tuning.probe import MEASURE_SECONDS, probe, rate
+from siliconlm.tuning.probe import COLD, MEASURE_SECONDS, probe, rate
 
 ENOUGH = 0.98  # the smallest micro-batch within 2 % of the best speed is the best
 CLIFF = (
@@ -84,12 +84,13 @@ class Search:
     def attempt(self, micro: int) -> Iterator[Probed]:
         """Try a size. One that should fit and fails gets a second chance: it may have been the machine's mood."""
         needed = self.predicted(micro)
-        for chance in (1, 2):
+        for _ in range(2):
             chosen = self.config.replace("probe", **{"machine.micro_batch": micro})
             row = self._judged(probe(chosen, self.device, self.budget, self.patience(micro), needed))
             self.rows.append(row)
             yield row
-            if row.verdict in ("fits", "slower") or chance == 2 or self.seconds_left < self.child_seconds(micro):
+            settled = row.verdict in ("fits", "slower") or row.memory > self.budget
+            if settled or self.seconds_left < self.child_seconds(micro):
                 break
         if row.verdict != "fits":
             self._end(micro, row.reason)
@@ -97,7 +98,8 @@ class Search:
     def predicted(self, micro: int) -> int:
         """Bytes at the peak: the forecast, corrected by how far it was off at the nearest size measured; without a
         forecast the line through the measurements. 0 where nothing is known."""
-        measured = {row.micro_batch: row.memory for row in self.fitting}
+        # A child that was stopped after its first step had not come to the evaluation, which may need most.
+        measured = {row.micro_batch: row.memory for row in self.fitting if row.reason != COLD}
         if not self.forecast:
             return int(between(measured, micro)) if len(measured) > 1 else 0
         foreseen = between(self.forecast, micro)
@@ -117,11 +119,12 @@ class Search:
     def patience(self, micro: int, extra: float = 0.0) -> float:
         """Seconds after which the child for a size counts as hanging, where it should take `extra` ones beside its own.
 
-        Before anything is known it is half of the time there is, so that a second chance has the other half.
+        Half of the time left at most, so that one that hangs leaves enough to go on with.
         """
-        left = self.seconds_left if self.rows else self.seconds_left / 2
-        usual = PATIENCE * (self.child_seconds(micro) + extra) if self.fitting else left
-        return max(SHORTEST_LIMIT, min(usual, left))
+        if not self.fitting:
+            return max(SHORTEST_LIMIT, self.seconds_left if self.rows else self.seconds_left / 2)
+        expected = self.child_seconds(micro) + extra
+        return max(SHORTEST_LIMIT, expected, min(PATIENCE * expected, self.seconds_left / 2))
 
     def speed(self, micro: int) -> float:
         """Tokens/s of a size: measured, or by the line through the seconds that its neighbours take."""

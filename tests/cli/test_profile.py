@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+import torch
 
+from siliconlm.hardware.device import Device
 from siliconlm.tuning import probe as module
-from siliconlm.tuning import profiles
+from siliconlm.tuning import profiles, verdicts
+from siliconlm.tuning.selftest import Verdict
 
 if TYPE_CHECKING:
     from .conftest import Silicon, Trained
@@ -206,6 +209,41 @@ def test_nothing_that_fits_is_an_error_with_a_remedy(
         if command == "profile":
             assert "--device" not in done.json()["fix"]  # it was measured on the CPU already
     assert not (home / "profiles").exists()
+
+
+# --- what the self-test found broken ---------------------------------------------------------------------------------
+
+
+def test_a_profile_around_a_broken_kernel_is_found_again(
+    silicon: Silicon, own: Trained, one_or_two: list[str], children: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Verdict("fused AdamW", False, 3.0, 1.0, "fused_adamw", "off by 3")
+    monkeypatch.setattr(verdicts, "self_test", lambda device: iter([broken]))
+    children(QUICK)
+    words = ["--data", "plays", *one_or_two, "--set", "machine.compile=false"]
+    first = silicon("profile", *words)
+    assert first.code == 0 and "fused_adamw is avoided: fused AdamW: off by 3" in first.told
+    children()
+    assert "measured before" in silicon("profile", *words).told and children() == []
+    dry = silicon("train", *words, "--steps", "1", "--dry-run", "--json").json()
+    assert dry["settings"]["machine.fused"] == {"value": False, "source": "self-test"}
+    assert dry["settings"]["machine.micro_batch"] == {"value": 2, "source": "profile auto"}
+
+
+def test_sampling_passes_a_device_over_that_cannot_decode(
+    silicon: Silicon, own: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An Apple GPU as far as opening it goes: it is never used."""
+    apple = Device("mps", torch.float32, 1)
+    real = verdicts.open_device
+    monkeypatch.setattr(verdicts, "available", lambda: ["mps", "cpu"])
+    monkeypatch.setattr(verdicts, "open_device", lambda machine: real(machine) if machine.device == "cpu" else apple)
+    verdicts.remember(apple, [Verdict("a refilled cache", False, 3.0, 1.0, "cached_decoding", "off by 3")])
+    sample = ["sample", "Enter", "--run", "whole", "--max-tokens", "5"]
+    done = silicon(*sample)
+    assert done.code == 0 and "device mps fails the self-test (a refilled cache: off by 3)" in done.told
+    refused = silicon(*sample, "--device", "mps")
+    assert refused.code == 1 and "mps computes wrongly here" in refused.told and "--device" in refused.told
 
 
 # --- a model for a time ----------------------------------------------------------------------------------------------

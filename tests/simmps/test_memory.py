@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -38,11 +39,24 @@ def probes(mac: Any) -> dict[str, Any]:
 def test_probe_finds_what_fits(probes: dict[str, Any]) -> None:
     fits, too_big = probes["probes"]
     assert (fits["micro_batch"], fits["verdict"]) == (1, "fits")
+    assert fits["memory"] == pytest.approx(fits["predicted"], rel=0.02)
     assert (too_big["micro_batch"], too_big["verdict"]) == (SEQUENCES, "too big")
-    assert too_big["reason"].startswith("MPS backend out of memory (MPS allocated: ")
-    assert "max allowed: 45.00 MiB" in too_big["reason"]
-    assert re.search(r"Tried to allocate [0-9.]+ MiB on private pool\.$", too_big["reason"])
+    assert too_big["predicted"] > 0.9 * RECOMMENDED and too_big["memory"] == 0, "it was not tried"
+    assert too_big["reason"] == "would need 0.16 GB; the budget is 0.05 GB"
     assert [(item["setting"], item["value"]) for item in probes["choices"]] == [("machine.micro_batch", 1)]
+
+
+def test_a_probe_of_what_does_not_fit_ends_at_the_limit_of_its_own(mac: Any) -> None:
+    """Nine tenths of what the GPU recommends."""
+    tables: dict[str, Any] = {"machine": {"device": "mps", "threads": 1, "micro_batch": SEQUENCES}}
+    for name, value in SHAPE.items():
+        section, key = name.split("__")
+        tables.setdefault(section, {})[key] = value
+    question = json.dumps({"config": tables, "fraction": 0.9, "budget": 0, "seconds": 1.0})
+    found = mac.python("-P", "-m", "siliconlm.tuning.child", stdin=question, **LIMIT).ended().json()
+    assert found["out_of_memory"] and found["error"].startswith("MPS backend out of memory (MPS allocated: ")
+    assert "max allowed: 45.00 MiB" in found["error"]
+    assert re.search(r"Tried to allocate [0-9.]+ MiB on private pool\.$", found["error"])
 
 
 def test_what_fits_trains_in_the_memory_the_probe_measured(mac: Any, probes: dict[str, Any]) -> None:
@@ -74,7 +88,8 @@ def test_nothing_fits(mac: Any, plain: Any) -> None:
         ["sample", "Enter", "--run", "small", "--device", "mps"],
         ["eval", "small", "--device", "mps"],
     ]
-    for run in mac.silicons(*commands, SIMMPS_RECOMMENDED=str(64 << 10)):
+    told = ["not even a micro-batch of 1 trains here: would need ", *["out of memory: MPS backend out of memory"] * 2]
+    for run, words in zip(mac.silicons(*commands, SIMMPS_RECOMMENDED=str(64 << 10)), told, strict=True):
         error, fix = run.ended(1).err.splitlines()[-2:]
-        assert error.startswith("error: ") and "MPS backend out of memory" in error
+        assert error.startswith(f"error: {words}")
         assert "smaller --preset" in fix or "another --device" in fix

@@ -151,12 +151,39 @@ def test_a_step_that_fits_only_with_less_memory_is_found(rules: Any) -> None:
 
 def test_the_context_is_halved_only_where_not_one_sequence_fits(rules: Any) -> None:
     rules(f"if model['context'] > 64: {FULL}")
-    profile, events = made(config_of(model__context=128, machine__dtype="float32"), APPLE)
+    longer = config_of(machine__dtype="float32").replace("preset", **{"model.context": 128})
+    profile, events = made(longer, APPLE)
     assert profile.settings["model.context"] == 64
     assert any("one sequence of 128 tokens does not fit; trying 64" in str(event) for event in events)
     rules(FULL)
     with pytest.raises(SiliconError, match="not even one sequence of 64 tokens can be trained here: full"):
         made(config_of(), APPLE)
+
+
+def test_a_context_given_by_hand_is_not_halved(rules: Any) -> None:
+    """It would lie above the profile, whose micro-batch then is for sequences of another length."""
+    rules(f"if model['context'] > 64: {FULL}")
+    with pytest.raises(SiliconError, match="not even one sequence of 128 tokens can be trained here: full"):
+        made(config_of(model__context=128), APPLE)
+
+
+def test_memory_is_not_saved_in_a_way_ruled_out_by_hand(rules: Any) -> None:
+    rules(f"if not machine['checkpointing']: {FULL}")
+    by_hand = {"machine__chunked_loss": False, "machine__dtype": "float32"}
+    profile, _ = made(config_of(**by_hand), APPLE)
+    assert profile.settings["machine.chunked_loss"] is False and profile.settings["machine.checkpointing"] is True
+    with pytest.raises(SiliconError, match="not even one sequence of 64 tokens"):
+        made(config_of(**by_hand, machine__checkpointing=False), APPLE)
+
+
+def test_a_sequence_too_long_for_the_device_is_halved_without_a_try(rules: Any) -> None:
+    """Scores of 32,768 tokens take 4 GiB, which no driver is asked for."""
+    shape = {"model.context": 32_768, "model.n_head": 1, "model.n_kv_head": 1, "train.tokens_per_step": 32_768}
+    longer = config_of(machine__dtype="float32").replace("preset", **shape)
+    profile, events = made(longer, APPLE)
+    assert profile.settings["model.context"] == 16_384
+    first = next(event for event in events if isinstance(event, Probed))
+    assert (first.micro_batch, first.verdict, first.memory) == (1, "too big", 0) and "4 GiB" in first.reason
 
 
 def test_what_fails_the_self_test_is_not_tried(rules: Any) -> None:

@@ -171,6 +171,12 @@ def test_a_child_with_time_for_one_step_only_is_believed_and_said_so(children: A
     assert (row.verdict, row.reason, row.tokens_per_s) == ("fits", "timed on the first step", 256)
 
 
+def test_the_drivers_words_count_where_the_child_hangs_after_them(children: Any, device: Device) -> None:
+    children("import sys; sys.stderr.write('Insufficient Memory'); " + answer() + "; import signal; signal.pause()")
+    row = probe(config_of(), device, PLENTY, seconds=1)
+    assert (row.verdict, row.reason) == ("too big", "the GPU's driver ran out of memory")
+
+
 def test_a_machine_that_begins_to_swap_ends_the_probe(
     children: Any, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

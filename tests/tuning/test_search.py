@@ -17,7 +17,7 @@ from siliconlm.config import Layer, RunConfig, divisors, resolve
 from siliconlm.events import Probed
 from siliconlm.hardware.device import Device
 from siliconlm.tuning import probe as probing
-from siliconlm.tuning.probe import rate
+from siliconlm.tuning.probe import COLD, rate
 from siliconlm.tuning.search import Next, Search, between, fastest, largest, sizes
 
 CPU = Device("cpu", torch.float32, 1)
@@ -142,6 +142,13 @@ def test_the_forecast_is_corrected_by_what_was_measured() -> None:
     assert made(64, {}).predicted(8) == 0
 
 
+def test_a_child_stopped_after_its_first_step_says_nothing_of_the_forecast() -> None:
+    """It had not evaluated, which takes several sequences at once, and so most where the micro-batch is one."""
+    search = made(64, {1: 100, 64: 730})
+    search.rows.append(Probed(1, 32, "float32", 10, 1.0, "fits", COLD))
+    assert search.predicted(64) == 730
+
+
 def test_the_smallest_within_two_percent_of_the_best_is_chosen() -> None:
     def best(*rates: float) -> int:
         search = made(64, {})
@@ -193,12 +200,32 @@ def test_a_failure_that_does_not_come_again_is_forgotten(child: Any) -> None:
     ]
 
 
+def test_a_child_that_hangs_leaves_time_to_go_on() -> None:
+    search = made(1, {1: 10**8}, seconds=32.0)
+    assert 15 < search.patience(1) < 17, "half of the time"
+    search.rows.append(Probed(1, 32, "float32", 0, 0.0, "stopped", "no answer"))
+    assert 31 < search.patience(1) <= 32, "and then all of it"
+    search = made(64, {}, seconds=100.0)
+    search.rows.append(Probed(1, 32, "float32", 10**8, 1.0, "fits", forward_seconds=0.1))
+    assert search.patience(1) == 15 < search.patience(8) == 3 * search.child_seconds(8)
+    assert 49 < search.patience(64) < 50, "half of the time"
+    search.rows.append(Probed(2, 32, "float32", 10**8, 1.0, "fits", forward_seconds=0.5))
+    assert search.patience(64) == search.child_seconds(64), "not less than it should take"
+
+
 def test_a_failure_that_comes_again_is_believed(child: Any) -> None:
     child(QUICK.replace("print(", "if micro > 2: raise SystemExit('no')\nprint("))
     search = made(4, {1: 10**8, 4: 2 * 10**8})
     list(search.run(largest))
     assert child() == [1, 4, 4, 2] and search.fitting[-1].micro_batch == 2
     assert (search.ceiling, search.limit) == (4, "the process ended with code 1: no")
+
+
+def test_a_measured_overrun_is_believed_at_once(child: Any) -> None:
+    child(QUICK.replace("print(", f"if micro > 2: answer['memory'] = {BUDGET} + 1\nprint("))
+    search = made(4, {})
+    list(search.run(largest))
+    assert child() == [1, 4, 2] and search.fitting[-1].micro_batch == 2
 
 
 def test_a_cliff_ends_the_search(child: Any) -> None:

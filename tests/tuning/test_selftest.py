@@ -309,7 +309,7 @@ def _simmps() -> ModuleType:
 
 
 simmps = _simmps()
-library = simmps.library
+library, mac = simmps.library, simmps.mac
 
 CHILD = """
 import json, sys
@@ -326,26 +326,25 @@ print(json.dumps(answers))
 """
 
 
-def in_child(folder: Path, library: Path, *words: str, **environment: str) -> list[dict[str, Verdict]]:
-    computer = simmps.Computer(folder, folder / "text", library)
-    answers = computer.python("-c", CHILD, *words, **environment).ended().json()
+def in_child(mac: Any, *words: str, **environment: str) -> list[dict[str, Verdict]]:
+    answers = mac.python("-c", CHILD, *words, **environment).ended().json()
     return [{verdict["name"]: Verdict(**verdict) for verdict in verdicts} for verdicts in answers]
 
 
-def test_the_pretend_gpu(tmp_path: Path, library: Path) -> None:
+def test_the_pretend_gpu(mac: Any) -> None:
     """It is sound; and torch's own checkpointing, which does not keep its generator (pytorch#127676), is not."""
-    sound, forgetful = in_child(tmp_path, library, "forget")
+    sound, forgetful = in_child(mac, "forget")
     assert [verdict for verdict in sound.values() if not verdict.passed] == []
     assert {"bfloat16 autocast", "float16 autocast", "checkpointing"} < sound.keys()
     assert gates(forgetful.values()).keys() == {"checkpointing"}
 
 
-def test_operators_that_the_pretend_gpu_lacks(tmp_path: Path, library: Path) -> None:
+def test_operators_that_the_pretend_gpu_lacks(tmp_path: Path, mac: Any) -> None:
     lacking = {"aten::_fused_adamw_", "aten::gelu", "aten::lerp", "aten::lerp_"}
     native = (simmps.HERE / "ops" / "mps_ops_2.13.txt").read_text().split()
     assert lacking < {name.split(".")[0] for name in native}
     (tmp_path / "ops").write_text("\n".join(name for name in native if name.split(".")[0] not in lacking))
-    (verdicts,) = in_child(tmp_path, library, SIMMPS_OPS=str(tmp_path / "ops"))
+    (verdicts,) = in_child(mac, SIMMPS_OPS=str(tmp_path / "ops"))
     found = {name: verdict for name, verdict in verdicts.items() if not verdict.passed}
     assert set(found) == {"AdamW, fused", "gelu", "lerp_", "moving average", "AdamW, not fused"}
     assert all("is not currently implemented for the MPS device" in verdict.detail for verdict in found.values())

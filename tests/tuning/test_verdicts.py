@@ -17,6 +17,7 @@ from siliconlm.events import Chosen, Event, Notice
 from siliconlm.files import home
 from siliconlm.hardware.device import Device, open_device
 from siliconlm.tuning import selftest_child, verdicts
+from siliconlm.tuning.profiles import fingerprint
 from siliconlm.tuning.selftest import INSTEAD, Feature, Verdict
 from siliconlm.tuning.verdicts import gated, known, open_sound, remember, remembering
 
@@ -110,7 +111,7 @@ DAMAGES = {
     "cut off": lambda text: text[: len(text) // 2],
     "empty": lambda text: "",
     "no TOML": lambda text: "\0" + text,
-    "another machine's": lambda text: text.replace('torch = "', 'torch = "0'),
+    "another machine's": lambda text: text.replace('system = "', 'system = "Other '),
     "no table of faults": lambda text: "faults = 3\n" + text.replace("[faults]", "[other]"),
 }
 
@@ -193,6 +194,9 @@ def test_a_broken_kernel_of_adamw_is_replaced() -> None:
     device, _ = ended(open_sound(MachineConfig(device="cpu", threads=1)))
     config, told = ended(gated(config_of(), device))
     assert config.machine.fused is False and config.sources["machine.fused"] == "self-test"
+    assert fingerprint(config, device) == fingerprint(config_of(), device), "what is measured with it is found again"
+    by_hand = config_of(machine__fused=False)
+    assert fingerprint(by_hand, device) != fingerprint(config_of(), device)
     assert told == [
         Chosen("machine.fused", False, "the fused kernel fails the self-test (a check of fused_adamw: off by 3)")
     ]

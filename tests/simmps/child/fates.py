@@ -1,7 +1,8 @@
 """What can happen to a probe's child on an Apple GPU, done to it on purpose; `sitecustomize` calls `await_them` there.
 
 SIMMPS_FATES is "SEED:FOLDER". With one chance in two the first try of a micro-batch meets a fate that the second does
-not meet. Where memory runs out, that too may come as any fate instead of an error. In FOLDER each that struck has a file.
+not meet. Where memory runs out, that too may come as any fate instead of an error. FOLDER has a file for each that
+struck.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ def await_them() -> None:
 def strike(fate: str) -> torch.Tensor:
     """The process ends or hangs here, or goes on with a loss that means nothing."""
     if fate == "out of memory":
-        torch.empty(8 * torch.mps.recommended_max_memory(), dtype=torch.uint8, device="mps")  # the allocator's own words
+        torch.empty(8 * torch.mps.recommended_max_memory(), device="mps")  # for the allocator's own words
     if fate == "driver":
         print(DRIVER, file=sys.stderr, flush=True)
     if fate == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if fate == "hanging":
         signal.pause()
-    return 10 * torch.rand(())
+    return torch.tensor(10 * random.random())  # torch's own numbers repeat, for every pass seeds them
