@@ -174,11 +174,12 @@ def _dry(device: Device, malloc: Malloc | None) -> Iterator[tuple[Device, Ledger
 
 
 def _state(config: RunConfig, device: Device, ledger: Ledger) -> TrainState:
-    """As TrainState.new. Modules of fake tensors cannot be moved, and a scaler would read a value that is not there."""
+    """As TrainState.new. Modules of fake tensors cannot be moved; a scaler, and AdamW that is not fused, would read a
+    value that is not there."""
     with device.torch_device:
         model = Decoder(config.model)
     model.initialise(config.train.seed)
-    machine = config.machine.model_copy(update={"compile": False})
+    machine = config.machine.model_copy(update={"compile": False, "fused": True})
     state = TrainState.around(config.model_copy(update={"machine": machine}), device, model, None)
     ledger.label("weights", [*model.parameters(), *model.buffers(), *state.ema.values()])
     ledger.label("optimizer_state", _optimizer_state(state))

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from siliconlm.hardware.device import Device
+from siliconlm.tuning import choose, profiles, verdicts
 from siliconlm.tuning import probe as module
-from siliconlm.tuning import profiles, verdicts
 from siliconlm.tuning.selftest import Verdict
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def use(code: str | None = None) -> list[int]:
         if code is not None:
             monkeypatch.setattr(module, "CHILD", (sys.executable, "-c", code))
+            # Forecasts are of real models, in processes that import torch; they have tests of their own.
+            monkeypatch.setattr(choose, "forecast_sizes", lambda config, device: {})
         tried = [int(line) for line in marks.read_text().split()] if marks.exists() else []
         marks.unlink(missing_ok=True)
         return tried
@@ -236,6 +238,7 @@ def test_sampling_passes_a_device_over_that_cannot_decode(
     """An Apple GPU as far as opening it goes: it is never used."""
     apple = Device("mps", torch.float32, 1)
     real = verdicts.open_device
+    monkeypatch.setattr(profiles, "processor_name", lambda kind: f"chip of {kind}")
     monkeypatch.setattr(verdicts, "available", lambda: ["mps", "cpu"])
     monkeypatch.setattr(verdicts, "open_device", lambda machine: real(machine) if machine.device == "cpu" else apple)
     verdicts.remember(apple, [Verdict("a refilled cache", False, 3.0, 1.0, "cached_decoding", "off by 3")])

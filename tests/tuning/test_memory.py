@@ -101,6 +101,12 @@ def test_scaled_half_precision_can_be_forecast() -> None:
     assert forecast(configured(), Device("mps", torch.float16, 1)).peak > 0
 
 
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_adamw_that_is_not_fused_can_be_forecast(optimiser: str) -> None:
+    apart = forecast(configured(optim__name=optimiser, machine__fused=False), CPU)
+    assert apart == forecast(configured(optim__name=optimiser), CPU)
+
+
 def test_apple_gpus_keep_all_scores() -> None:
     scores = 2 * 4 * 1024**2 * 4  # B H T T, in float32
 
