@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -180,6 +181,7 @@ class MachineConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="where to train")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the matmuls")
     micro_batch: int | None = Field(None, ge=1, description="sequences in memory at once; accumulation does the rest")
+    micro_tokens: int = Field(4096, ge=1, description="tokens at once, at most, where nothing says micro_batch")
     checkpointing: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
     chunked_loss: bool = Field(False, description="never hold all logits at once: less memory, about the same time")
     compile: bool = Field(False, description="torch.compile the blocks (experimental)")
@@ -246,6 +248,11 @@ class RunConfig(Section):
     @property
     def sequences_per_step(self) -> int:
         return self.train.tokens_per_step // self.model.context
+
+    def unmeasured_micro_batch(self, most: int = sys.maxsize) -> int:
+        """The largest micro-batch, up to `most` sequences, that holds no more than `machine.micro_tokens`."""
+        room = min(most, self.machine.micro_tokens // self.model.context)
+        return max((size for size in divisors(self.sequences_per_step) if size <= room), default=1)
 
     def replace(self, source: str, **values: Any) -> RunConfig:
         """A copy with dotted settings changed, e.g. `replace("probe", **{"machine.micro_batch": 8})`."""

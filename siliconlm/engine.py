@@ -28,7 +28,7 @@ from siliconlm.errors import SiliconError
 from siliconlm.events import Chosen, Event, Foreseen, Notice, Resumed, Saved, Started, Tested, Working
 from siliconlm.hardware.device import Device, is_out_of_memory, open_device, plain_words
 from siliconlm.hardware.facts import disk_free, processor_share
-from siliconlm.hardware.watch import Watch, awake, read
+from siliconlm.hardware.watch import Awake, Watch, read
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
 from siliconlm.model.families import family_of
@@ -38,6 +38,7 @@ from siliconlm.training.checkpoint import (
     RunFolder,
     all_runs,
     check_new_run,
+    checkpoint_bytes,
     create_run,
     find_run,
     free_run_name,
@@ -56,7 +57,6 @@ from siliconlm.tuning.selftest import INSTEAD
 from siliconlm.tuning.verdicts import gated, open_sound, remembering, tested
 
 DEFAULT_PRESET = "tiny"
-UNMEASURED_TOKENS = 4096  # of a micro-batch that nobody chose and nothing measured
 TOO_MUCH = "Train under another --name with a smaller --set machine.micro_batch=... or --preset; checkpoints are whole."
 UNPROFILED_SECONDS = 600.0  # a planned run shorter than this is not worth a minute of profiling
 BUSY = 0.25  # of the processor, taken by other programs: measurements then tell little
@@ -161,7 +161,7 @@ def tune(request: Request, dataset: Dataset, dry: bool = False) -> Generator[Eve
         yield Notice("no profile is cached for this model on this machine; training would measure one first")
         return (yield from _fill_machine(base, device)), 0.0
     if found is None:
-        yield Notice(f"measuring this machine once for this model (at most {PROFILE_SECONDS:.0f} s)")
+        yield Notice(f"measuring this machine once for this model (about {PROFILE_SECONDS:.0f} s)")
         found = yield from _measured(base, device, PROFILE_SECONDS)
     else:
         yield from found.choices
@@ -194,10 +194,9 @@ def _fill_machine(config: RunConfig, device: Device, told: Sequence[Chosen] = ()
             fix="Choose a smaller --set model.context=... or another --device.",
         )
     if config.machine.micro_batch is None:
-        fits = [size for size in configs.divisors(config.sequences_per_step) if size <= most]
-        size = max(size for size in fits if size == 1 or size * config.model.context <= UNMEASURED_TOKENS)
-        values["machine.micro_batch"] = size
-        yield Chosen("machine.micro_batch", size, f"not measured: at most {UNMEASURED_TOKENS:,} tokens at once")
+        size = values["machine.micro_batch"] = config.unmeasured_micro_batch(most)
+        tokens = config.machine.micro_tokens
+        yield Chosen("machine.micro_batch", size, f"not measured: at most {tokens:,} tokens at once")
     elif config.machine.micro_batch > most:
         raise SiliconError(
             f"micro-batch {config.machine.micro_batch} is too big for this device: {fault}",
@@ -272,6 +271,8 @@ def export_profile(request: Request, target: Path) -> Iterator[Event]:
         raise SiliconError(
             f"--export {target}: the file's name must end with .toml", fix=f"Type --export {target}.toml."
         )
+    if not target.parent.is_dir():
+        raise SiliconError("no such folder", where=str(target.parent), fix="Make it first, or choose another one.")
     if target.exists():
         raise SiliconError("there is a file already", where=str(target), fix="Choose another name for --export.")
     found, trouble = profiles.cached(config, device)
@@ -554,9 +555,10 @@ def _run(
         return state.save(run, dataset.tokenizer, dataset.fingerprint)
 
     measured = about.get("tokens_per_s", 0.0) if device.kind == made_for.machine.device else 0.0
-    watch = Watch(config.machine.on_battery, partial(read, run.path), state.bytes_to_save(), measured)
-    with awake() as notices:
-        yield from notices
+    watch = Watch(config.machine.on_battery, partial(read, run.path), checkpoint_bytes(config), measured)
+    with Awake() as hold:
+        watch.asleep = hold.released
+        yield from hold.notices
         yield from fit(state, batches, dataset, budget, (run.name, str(run.path)), save, stop, watch)
 
 
@@ -569,7 +571,8 @@ def _renewed(run: RunFolder, budget: Budget, state: TrainState, extend: float | 
     """The budget to go on with, and what to say of it. One that has changed is written into run.toml."""
     now, used_up = datetime.now(UTC), budget.done(state.step, state.seconds) >= 1
     if extend is not None:
-        renewed = budget.extended(state.step, state.seconds, extend)
+        current = budget if used_up else budget.resumed(state.seconds, now)
+        renewed = current.extended(state.step, state.seconds, extend)
         what = "the learning rate warms up and decays once more" if used_up else f"now {renewed.describe()}"
         news = Notice(f"extended by {duration(extend)}: {what}")
     elif used_up:

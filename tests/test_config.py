@@ -458,7 +458,11 @@ def test_a_profile_made_by_hand_goes_with_every_preset(profile: str, preset: str
     config = resolve(read_profile(preset, kind="preset"), read_profile(profile))
     by_profile = {name: value for name, value in config.sources.items() if value == f"profile {profile}"}
     assert by_profile and all(name.startswith("machine.") for name in by_profile)
-    assert config.machine.micro_batch and config.machine.device == "mps"
+    assert config.machine.device == "mps"
+    size = config.unmeasured_micro_batch()
+    assert size * config.model.context <= max(config.machine.micro_tokens, config.model.context)
+    assert config.sequences_per_step % size == 0
+    config.replace("test", **{"machine.micro_batch": size})
 
 
 def test_profiles_beside_an_installed_package_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs on stdout.")]
 Data = Annotated[str | None, typer.Option(metavar="NAME", help="A prepared dataset, by name or folder.")]
 Preset = Annotated[
-    str | None, typer.Option(metavar="P", help="Model size: tiny, small, medium or large. [default: tiny]")
+    str | None,
+    typer.Option(metavar="P", help="Model size: tiny, small, medium or large. [default: tiny, or a plan's for a time]"),
 ]
 Set = Annotated[
     list[str] | None,

@@ -87,6 +87,17 @@ def choice(event: ev.Chosen) -> None:
     err.print(line.append(Text(event.reason, style="not bold dim")))
 
 
+def tell_measured(event: ev.Event) -> None:
+    """A line for what is measured and chosen before training."""
+    if isinstance(event, ev.Notice):
+        notice(event)
+    elif isinstance(event, ev.Chosen):
+        choice(event)
+    elif isinstance(event, ev.Probed):
+        rate = f"{event.tokens_per_s:,.0f} tokens/s, {size(event.memory)}" if event.tokens_per_s else event.reason
+        err.print(Text(f"  {probe_words(event)}: {event.verdict}, {rate}", style="dim"))
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -286,9 +297,8 @@ def plan(events: Iterable[ev.Event], json_out: bool) -> None:
             rows.append(event)
         elif isinstance(event, ev.Chosen):
             choices.append(event)
-        elif isinstance(event, ev.Probed) and not json_out:
-            rate = f"{event.tokens_per_s:,.0f} tokens/s" if event.tokens_per_s else event.reason
-            err.print(Text(f"  {event.variant}: {event.verdict}, {rate}", style="dim"))
+        elif not json_out:
+            tell_measured(event)
     if json_out:
         as_json({"plan": [row.as_json() for row in rows], "choices": [item.as_json() for item in choices]})
         return
@@ -318,8 +328,8 @@ def dry_run(forecast: Iterable[ev.Event | configs.RunConfig], json_out: bool) ->
             started = event
         elif isinstance(event, ev.Foreseen):
             foreseen = event
-        elif isinstance(event, ev.Notice) and not json_out:
-            notice(event)
+        elif isinstance(event, ev.Event) and not json_out:
+            tell_measured(event)
     assert config is not None and started is not None and foreseen is not None
     flat = configs.flatten(config.model_dump(exclude_none=True), "config")
     if json_out:
@@ -441,13 +451,8 @@ class TrainingView:
             self.finished = event
 
     def tell(self, event: ev.Event) -> None:
-        if isinstance(event, ev.Notice):
-            notice(event)
-        elif isinstance(event, ev.Chosen):
-            choice(event)
-        elif isinstance(event, ev.Probed):
-            rate = f"{event.tokens_per_s:,.0f} tokens/s, {size(event.memory)}" if event.memory else event.reason
-            err.print(Text(f"  {probe_words(event)}: {event.verdict}, {rate}", style="dim"))
+        if isinstance(event, ev.Notice | ev.Chosen | ev.Probed):
+            tell_measured(event)
         elif isinstance(event, ev.Started):
             err.print(describe(event))
             err.print(Text(f"run {event.run}: {event.path}", style="dim"))

@@ -244,7 +244,7 @@ def torch_facts() -> TorchFacts:
     """What torch says of the devices, as plain values for the doctor."""
     mps = torch.backends.mps.is_available()
     return TorchFacts(
-        version=torch.__version__,
+        version=str(torch.__version__),
         mps_built=torch.backends.mps.is_built(),
         mps_available=mps,
         cuda_devices=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -62,26 +62,53 @@ def sleepless() -> float:
 # --- staying awake --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def awake(mac: bool = MAC) -> Iterator[list[Notice]]:
-    """Hold off idle sleep for the length of the block, where that can be done; gives what a laptop's user should know.
+@dataclass(slots=True)
+class Awake:
+    """Holds off idle sleep for the length of a `with` block, where that can be done.
 
-    However this process ends, kill -9 included, the hold ends with it.
+    `notices` are what a laptop's user should know. However this process ends, kill -9 included, the hold ends with it.
     """
-    laptop = power(mac)[1] is not None
-    command = inhibitor(mac)
-    if command is None:
-        yield [Notice(NOT_HELD, "warning")] if laptop else []
-        return
-    # In a session of its own, so that Ctrl-C, after which there is still a checkpoint to save, does not end the hold.
-    silent = subprocess.DEVNULL
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=silent, stderr=silent, start_new_session=True
-    ) as holder:
+
+    mac: bool = MAC
+    notices: list[Notice] = field(default_factory=list)
+    command: list[str] | None = None
+    holder: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Awake:
+        self.command = inhibitor(self.mac)
+        if power(self.mac)[1] is not None:
+            self.notices = [Notice(HELD) if self.command else Notice(NOT_HELD, "warning")]
+        self._hold()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """A block in which the computer may sleep."""
+        self._release()
         try:
-            yield [Notice(HELD)] if laptop else []
+            yield
         finally:
-            holder.terminate()
+            self._hold()
+
+    def _hold(self) -> None:
+        if self.command:
+            # In a session of its own: Ctrl-C, after which there is still a checkpoint to save, must not end the hold.
+            self.holder = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def _release(self) -> None:
+        if self.holder:
+            self.holder.terminate()
+            self.holder.communicate()
+            self.holder = None
 
 
 def inhibitor(mac: bool) -> list[str] | None:
@@ -178,6 +205,7 @@ class Watch:
     measured: float = 0.0
     sleepless: Callable[[], float] = sleepless
     awake: Callable[[], float] = time.perf_counter  # stands still during sleep
+    asleep: Callable[[], AbstractContextManager[None]] = nullcontext  # a block in which the computer may sleep
     state: Reading = field(default_factory=Reading)
     seen: tuple[float, float] | None = None  # both clocks, when last looked at
     due: float = -math.inf  # when the machine is read again
@@ -207,12 +235,16 @@ class Watch:
         return self.on_battery == "pause" and self.state.power_source == "battery"
 
     def wait(self, stop: Callable[[], str | None]) -> str | None:
-        """Wait until there is mains power, or `stop()` gives a reason to end, which is returned."""
+        """Wait until there is mains power, or `stop()` gives a reason to end, which is returned.
+
+        Meanwhile the computer may sleep, as to stay awake would empty the battery.
+        """
         reason, asked = None, -math.inf
-        while self.pauses and not (reason := stop()):
-            time.sleep(STOP_SECONDS)
-            if (now := self.awake()) - asked >= POWER_SECONDS:
-                asked, self.state = now, self.read()
+        with self.asleep():
+            while self.pauses and not (reason := stop()):
+                time.sleep(STOP_SECONDS)
+                if (now := self.awake()) - asked >= POWER_SECONDS:
+                    asked, self.state = now, self.read()
         self.seen = None
         self.speeds.clear()
         return reason

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siliconlm.config import RunConfig
+from siliconlm.config import RunConfig, TrainConfig
 from siliconlm.data.batches import IGNORED, Batches, evaluation_windows
 from siliconlm.data.prepare import Dataset
 from siliconlm.data.shards import Tokens
@@ -22,18 +22,20 @@ from siliconlm.hardware.device import Device
 from siliconlm.hardware.watch import Watch
 from siliconlm.model.decoder import Decoder
 from siliconlm.training import optim
+from siliconlm.training.checkpoint import checkpoint_bytes
 from siliconlm.training.schedule import Budget, lr_scale
 from siliconlm.training.state import TrainState
 
 FLUSH_SECONDS = 0.5  # how often the device is waited for and the losses are read
 EVALUATIONS = 20  # in a run, unless train.eval_every says otherwise
 EVALUATION_TOKENS = 2048  # at once, at least
-EVALUATION_SHARE = 0.03  # of a time budget, spent on evaluations before the last one
+EVALUATION_SHARE = 0.03  # of a budget, spent on evaluations before the last one
 SAVE_SECONDS = 300.0
 SAVE_SPEED = 300e6  # bytes per second, guessed until a save is measured
 EVALUATION_SPEED = 2.0  # guessed ratio of evaluation to training speed, until it is measured
 DEADLINE_SPARE = 1.0  # seconds: a deadline, unlike a length of time, is not to be passed
 FINAL_EVALUATION_SHARE = 0.1  # of a time budget, at most
+OVER = "deadline"  # ends a pause, not the run
 
 
 def train_step(state: TrainState, sequences: Tokens, lr: float) -> tuple[Tensor, Tensor]:
@@ -148,10 +150,22 @@ def evaluation_seconds(config: RunConfig, val_tokens: int, budget: Budget, token
     train, rate = config.train, EVALUATION_SPEED * tokens_per_s
     one, last = min(train.eval_tokens, val_tokens) / rate, val_tokens / rate
     if budget.steps is not None:
-        count = budget.steps // train.eval_every if train.eval_every else min(EVALUATIONS, budget.steps)
+        count = budget.steps // train.eval_every if train.eval_every else evaluations(train, budget, rate)
         return count * one + last
-    affordable = EVALUATION_SHARE * budget.span
-    return min(EVALUATIONS * one, max(2 * one, affordable)) + min(last, FINAL_EVALUATION_SHARE * budget.span)
+    return evaluations(train, budget, rate) * one + min(last, FINAL_EVALUATION_SHARE * budget.span)
+
+
+def evaluations(train: TrainConfig, budget: Budget, rate: float) -> int:
+    """How many to make before the last one: as many as a small share of the budget pays for, but at least two.
+
+    `rate` is validation tokens per second. A budget of steps is counted in tokens, so that the steps at which it
+    evaluates are the same on every machine.
+    """
+    if budget.steps is not None:
+        affordable = EVALUATION_SHARE * budget.steps * train.tokens_per_step * EVALUATION_SPEED
+    else:
+        affordable = EVALUATION_SHARE * budget.span * rate
+    return min(EVALUATIONS, max(2, int(affordable / train.eval_tokens)))
 
 
 @dataclass(slots=True)
@@ -324,12 +338,19 @@ class Loop:
             yield from self.checkpoint_evaluated()
         begun = self.clock.now()
         yield Notice(f"on battery: paused at step {self.state.step:,}, which is saved, until mains power is back")
-        stopped = self.watch.wait(self.stop)
+        stopped = self.watch.wait(lambda: self.stop() or (OVER if self.passed_deadline() else None))
         self.clock.started += self.clock.now() - begun
         self.clock.saved = self.clock.flushed = time.perf_counter()
+        if stopped == OVER:
+            yield Notice("the time is over, and there is still no mains power", "warning")
+            return None
         if not stopped:
             yield Notice("on mains power again: going on")
         return stopped
+
+    def passed_deadline(self) -> bool:
+        """Whether there is a deadline, which waits for nothing, and no time for a step before it."""
+        return self.clock.budget.deadline is not None and self.done() >= 1
 
     def subset(self) -> int:
         """Windows of an evaluation during training: the same ones each time."""
@@ -347,16 +368,8 @@ class Loop:
         every = self.config.train.eval_every
         if every:
             return self.state.step % every == 0
-        count = self.evaluations()
+        count = evaluations(self.config.train, self.clock.budget, self.evaluation_rate())
         return int(after * count) > int(before * count)
-
-    def evaluations(self) -> int:
-        """How many to make: of a time budget, as many as a small share of it pays for, but at least two."""
-        if self.clock.budget.seconds is None:
-            return EVALUATIONS
-        affordable = EVALUATION_SHARE * self.clock.budget.span * self.evaluation_rate()
-        affordable /= self.config.train.eval_tokens
-        return min(EVALUATIONS, max(2, int(affordable)))
 
     def save_due(self) -> bool:
         every = self.config.train.save_every
@@ -398,7 +411,7 @@ def fit(
     for mains power.
     """
     clock = Clock(budget, state.seconds, watch.sleepless, watch.sleepless(), tokens_flushed=state.tokens)
-    clock.save_seconds = state.bytes_to_save() / SAVE_SPEED
+    clock.save_seconds = checkpoint_bytes(state.config) / SAVE_SPEED
     loop = Loop(state, batches, dataset, save, stop, watch, clock, state.step)
     stopped: str | None = None
     result: Evaluated | None = None
@@ -415,7 +428,8 @@ def fit(
         if after < 1 and watch.pauses and not stopped:
             stopped = yield from loop.pause()
     yield from loop.flush()
-    if loop.saved_step != state.step:
+    # A save may have taken the last of a time budget: then what it saved does not yet say that the budget is used up.
+    if loop.saved_step != state.step or not (stopped or budget.done(state.step, state.seconds) >= 1):
         if not stopped:
             result = yield from loop.compare()
         yield from loop.checkpoint(last=not stopped)

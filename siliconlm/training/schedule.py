@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from siliconlm.config import TrainConfig, duration
 from siliconlm.errors import SiliconError
@@ -80,7 +80,7 @@ class Budget:
 
         Where the budget is used up, the schedule begins anew: from the end of a decay a second warm-up to the peak and
         a second decay do what they did the first time (Ibrahim et al. 2024; Hägele et al. 2024). SiliconError when
-        steps are left, which no time can be added to.
+        steps are left, which no time can be added to. A deadline moves by as much.
         """
         if self.done(step, seconds) >= 1:
             return Budget(None, seconds + extra, start=seconds)
@@ -89,7 +89,8 @@ class Budget:
                 f"only {step:,} of {self.describe()} are done: time can be added to a time budget or a finished run",
                 fix="Type silicon resume without --extend first.",
             )
-        return replace(self, seconds=self.seconds + extra, deadline=None)
+        later = self.deadline + timedelta(seconds=extra) if self.deadline else None
+        return replace(self, seconds=self.seconds + extra, deadline=later)
 
     def resumed(self, seconds: float, now: datetime) -> Budget:
         """With the time until the deadline, for a run that has used `seconds`; without the deadline when it is past."""

@@ -21,7 +21,7 @@ from siliconlm.model import families
 from siliconlm.model.decoder import Decoder
 from siliconlm.model.weights import load_weights, model_files
 from siliconlm.training import optim
-from siliconlm.training.checkpoint import Checkpoint, RunFolder, checkpoint_bytes
+from siliconlm.training.checkpoint import Checkpoint, RunFolder
 
 
 @dataclass(slots=True)
@@ -87,10 +87,6 @@ class TrainState:
     def is_finite(self) -> bool:
         """Whether every weight is a number. Waits for the device once."""
         return bool(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all())
-
-    def bytes_to_save(self) -> int:
-        """An estimate of a checkpoint's size."""
-        return checkpoint_bytes(self.config)
 
     def save(self, run: RunFolder, tokenizer: Tokenizer, fingerprint: str) -> Saved:
         """Commit a checkpoint of this state."""

@@ -1,15 +1,17 @@
 """The child process of a probe: one setting, real training steps, JSON lines. Run as `python -P -m`.
 
-Reads {"config": tables, "fraction": F, "budget": bytes, "seconds": S} on stdin. Writes {"memory", "forward_seconds",
-"update_seconds", "canary"} after the first step, still cold, and again measured warm; or {"error", "out_of_memory"}.
-The last line of stdout counts. Dies alone if memory runs out for good.
+Reads {"config": tables, "fraction": F, "budget": bytes, "seconds": S}, a line on stdin. Writes {"memory", "loss",
+"forward_seconds", "update_seconds", "canary"} after the first step, still cold, and again measured warm; or {"error",
+"out_of_memory"}. The last line of stdout counts. Dies alone if memory runs out for good, and with its parent.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -51,7 +53,7 @@ def measure(config: RunConfig, fraction: float, budget: int, seconds: float) -> 
         passes.append(forward)
         deviations.append(abs(again - loss))
     updating = _timed_update(state)
-    yield _answer(device.peak_memory(), forward, updating, max(deviations, default=0.0))
+    yield _answer(device.peak_memory(), loss, forward, updating, max(deviations, default=0.0))
     # A second pass of many seconds is measurement enough, though its update was the first and a little slow.
     end = time.perf_counter() + (seconds if forward < LONG_PASS or not passes else 0.0)
     while not passes or time.perf_counter() < end:
@@ -65,12 +67,13 @@ def measure(config: RunConfig, fraction: float, budget: int, seconds: float) -> 
         evaluate_once(state, _random_sequences(config, batch))
     burst = float(np.median(passes[: max(1, len(passes) // 10)]))
     canary = float(np.max(deviations))  # NaN where one is
-    answer = _answer(device.peak_memory(), float(np.median(passes)), float(np.median(updates)), canary)
+    answer = _answer(device.peak_memory(), loss, float(np.median(passes)), float(np.median(updates)), canary)
     yield answer | {"burst_seconds": burst}
 
 
-def _answer(memory: int, forward: float, updating: float, canary: float) -> dict[str, float]:
-    return {"memory": memory, "forward_seconds": forward, "update_seconds": updating, "canary": canary}
+def _answer(memory: int, loss: float, forward: float, updating: float, canary: float) -> dict[str, float]:
+    values = {"memory": memory, "loss": loss, "forward_seconds": forward, "update_seconds": updating, "canary": canary}
+    return {name: value if math.isfinite(value) else math.nan for name, value in values.items()}
 
 
 def _timed(state: TrainState, sequences: Tokens) -> tuple[float, float]:
@@ -104,8 +107,15 @@ def _random_sequences(config: RunConfig, count: int) -> Tokens:
     return np.random.default_rng(config.train.seed).integers(0, config.model.vocab_size, shape)
 
 
+def _die_with_parent() -> None:
+    """The parent holds the other end of stdin as long as it lives."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main() -> None:
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     config = resolve(Layer("probe", flatten(request["config"], "probe")))
     try:
         for answer in measure(config, request["fraction"], request["budget"], request["seconds"]):

@@ -25,7 +25,9 @@ COMPILE_SECONDS = 30.0  # to compile the blocks, on a laptop; a profile with les
 SUSTAINED_SECONDS = 6.0  # the chosen setting is measured for so long, to see what is left when the machine is warm
 RECOMPUTING = 0.75  # checkpointing does about a third more work, so a larger micro-batch must gain more than that
 SMALLEST_CONTEXT = 64
+SHORTEST_FORECAST = 15.0  # seconds: without it a probe goes blind, so it gets them though the time be over
 NOTICEABLE = 0.1  # of the memory: smaller logits are not worth a loss in chunks
+FAILURES = {"failed": "fails here", "stopped": "takes too long here"}
 SAVERS: tuple[dict[str, bool], ...] = (
     {},
     {"machine.chunked_loss": True},
@@ -67,11 +69,27 @@ class Tuning:
         self.rows.append(row)
         yield row
         if row.verdict == "fits" and row.tokens_per_s >= gain * self.best.tokens_per_s:
+            yield from self._again()
+        if row.verdict == "fits" and row.tokens_per_s >= gain * self.best.tokens_per_s:
             self.choose(setting, value, f"{row.tokens_per_s:,.0f} tokens/s; {now}: {self.best.tokens_per_s:,.0f}")
             self.search, self.best = Search(changed, device, self.deadline, {}, [row]), row
         else:
             told = f"{row.tokens_per_s:,.0f} tokens/s" if row.verdict == "fits" else row.reason
             self.choose(setting, now, f"{value}: {told}; {now}: {self.best.tokens_per_s:,.0f}")
+
+    def _again(self) -> Iterator[Event]:
+        """Measure the best setting once more before it is given up: it may have met a busy moment."""
+        micro = self.best.micro_batch
+        if self.search.seconds_left < self.search.child_seconds(micro):
+            return
+        config = self.search.config.replace("profile", **{"machine.micro_batch": micro})
+        limit, needed = self.search.patience(micro), self.search.predicted(micro)
+        row = probe(config, self.search.device, self.search.budget, limit, needed)
+        self.rows.append(row)
+        self.search.rows.append(row)
+        yield row
+        if row.verdict == "fits" and row.tokens_per_s > self.best.tokens_per_s:
+            self.best = row
 
 
 def make_profile(
@@ -90,7 +108,7 @@ def make_profile(
     yield from _loss(tuning)
     yield from _checkpointing(tuning, plain)
     yield from _compile(tuning)
-    if tuning.search is not plain:
+    if tuning.search is not plain and tuning.search.seconds_left > tuning.search.child_seconds(tuning.best.micro_batch):
         yield from _once_more(tuning)
     tuning.choices.insert(0, _batch_choice(tuning))
     sustained = yield from _sustained(tuning)
@@ -115,7 +133,7 @@ def settle(config: RunConfig, device: Device) -> RunConfig:
 def searching(config: RunConfig, device: Device, deadline: float) -> Generator[Event, None, Search]:
     """A search that knows what each size will need; where the forecast fails, that is said and it goes without."""
     try:
-        forecast = forecast_sizes(config, device)
+        forecast = forecast_sizes(config, device, max(SHORTEST_FORECAST, deadline - time.monotonic()))
     except SiliconError as error:
         yield Notice(f"{error}: memory is measured without a forecast", "warning")
         forecast = {}
@@ -142,11 +160,16 @@ def _start(config: RunConfig, device: Device, deadline: float) -> Generator[Even
                 return tuning
             if rows[-1].verdict in ("failed", "stopped"):
                 break  # less memory would not help
-        hopeless = rows[-1].verdict in ("failed", "stopped")
-        if hopeless or _by_hand(config, "model.context") or context % 2 or context // 2 < SMALLEST_CONTEXT:
+        if rows[-1].verdict in ("failed", "stopped"):
+            what = f"a training step of one sequence of {context} tokens {FAILURES[rows[-1].verdict]}"
+            fix = "Type silicon doctor --self-test" + ("." if device.resident else ", or choose --device cpu.")
+            raise SiliconError(f"{what}: {rows[-1].reason}", fix=fix, kind="training_failed")
+        by_hand = _by_hand(config, "model.context")
+        if by_hand or context % 2 or context // 2 < SMALLEST_CONTEXT:
+            smaller = "Choose a smaller --set model.context=... or" if by_hand else "Choose a smaller"
             raise SiliconError(
                 f"not even one sequence of {context} tokens can be trained here: {rows[-1].reason}",
-                fix="Choose a smaller --preset" + ("." if device.resident else ", or --device cpu."),
+                fix=f"{smaller} --preset" + ("." if device.resident else ", or --device cpu."),
                 kind="out_of_memory",
             )
         yield Notice(f"one sequence of {context} tokens does not fit; trying {context // 2}", "warning")

@@ -10,20 +10,22 @@ from typing import Any
 
 import tomli_w
 
-from siliconlm.config import Layer, RunConfig, divisors, read_toml
+from siliconlm.config import Layer, RunConfig, read_toml
 from siliconlm.errors import SiliconError
-from siliconlm.events import Event, Planned
+from siliconlm.events import Event, Notice, Planned
 from siliconlm.files import home, write_file
 from siliconlm.hardware.device import Device
 from siliconlm.model.decoder import count_parameters
-from siliconlm.training.loop import EVALUATION_SHARE, EVALUATION_SPEED, FINAL_EVALUATION_SHARE, SAVE_SPEED
+from siliconlm.training.checkpoint import checkpoint_bytes
+from siliconlm.training.loop import SAVE_SPEED, evaluation_seconds
+from siliconlm.training.schedule import Budget
 from siliconlm.tuning.choose import settle
 from siliconlm.tuning.probe import probe, rate
 from siliconlm.tuning.profiles import file_name, fingerprint, machine_mark
+from siliconlm.tuning.search import SHORTEST_LIMIT
 
 SMALLEST_STEP = 2048  # tokens of an optimiser step
 STEP_GROWS_FROM = 2e6  # tokens of a run
-MICRO_TOKENS = 4096  # of a micro-batch in these measurements
 BEGIN_WITH = "4x128"  # the rung measured first
 MEASURED = 3  # rungs at least, between which the others are interpolated
 PROBE_SECONDS = 60.0  # longest for one rung
@@ -143,55 +145,69 @@ def plan(
     lies between. SiliconError when nothing fits.
     """
     known = {} if refresh else read_speeds(device, configure)
-    too_big: set[str] = set()
-    reason = "it is over the memory budget"
+    budget = device.memory_budget()
+    usable = ladder(configure)
+    seconds = min(PROBE_SECONDS, max(SHORTEST_LIMIT, task.seconds))
+    measured = 0
     while True:
-        usable = [rung for rung in LADDER if rung.name not in too_big]
-        if not usable:
-            raise _nothing_fits(reason)
         rows = [_planned(rung, known, device, task, configure) for rung in usable] if known else []
-        wanted = _to_measure(usable, known, rows)
+        fitting = [row for row in rows if row.memory <= budget]
+        wanted = _to_measure(usable, fitting) if fitting or not rows else None
         if wanted is None:
             break
-        config = sized(settle(configure(wanted, step_tokens(wanted, STEP_GROWS_FROM)), device))
-        tried = probe(config, device, device.memory_budget(), PROBE_SECONDS)
+        if not measured:
+            yield Notice("measuring model sizes on this machine, once; some seconds each")
+        measured += 1
+        config = settle(configure(wanted, step_tokens(wanted, STEP_GROWS_FROM)), device)
+        config = config.replace("plan", **{"machine.micro_batch": config.unmeasured_micro_batch()})
+        tried = probe(config, device, budget, seconds)
         yield replace(tried, variant=", ".join(word for word in (wanted.name, tried.variant) if word))
-        if tried.verdict != "fits":
-            too_big |= {rung.name for rung in LADDER[LADDER.index(wanted) :]}
-            reason = tried.reason
+        if tried.verdict != "fits":  # nor will a larger one
+            usable = usable[: usable.index(wanted)]
+            if not usable:
+                raise _nothing_trains(tried.verdict, tried.reason)
             continue
-        seconds = tried.forward_seconds / (tried.micro_batch * tried.context)
-        known[wanted.name] = Speed(seconds, tried.update_seconds, tried.memory)
+        per_token = tried.forward_seconds / (tried.micro_batch * tried.context)
+        known[wanted.name] = Speed(per_token, tried.update_seconds, tried.memory)
         keep_speeds(device, configure, known)
-    fitting = [row for row in rows if row.memory <= device.memory_budget()]
     if not fitting:
-        raise _nothing_fits(reason)
+        raise _nothing_trains("too big", f"the memory budget is {budget / 1e9:.1f} GB")
     best = min(fitting, key=lambda row: row.val_loss)
     for row in rows:
         yield replace(row, chosen=True) if row is best else row
     return best, next(rung for rung in LADDER if rung.name == best.rung)
 
 
-def _nothing_fits(reason: str) -> SiliconError:
+def ladder(configure: Configure) -> list[Rung]:
+    """The rungs that go together with what is set by hand. SiliconError when none does."""
+    usable: list[Rung] = []
+    refused: SiliconError | None = None
+    for rung in LADDER:
+        try:
+            configure(rung, max(SMALLEST_STEP, rung.context))
+        except SiliconError as error:
+            refused = error
+        else:
+            usable.append(rung)
+    if refused and not usable:
+        raise refused
+    return usable
+
+
+def _nothing_trains(verdict: str, reason: str) -> SiliconError:
     what = f"not even the smallest model of the ladder can be trained here: {reason}"
-    return SiliconError(what, fix="Close other programs, or choose another --device.", kind="out_of_memory")
+    if verdict == "too big":
+        return SiliconError(what, fix="Close other programs, or choose another --device.", kind="out_of_memory")
+    return SiliconError(what, fix="Type silicon doctor --self-test.", kind="training_failed")
 
 
-def _to_measure(usable: list[Rung], known: dict[str, Speed], rows: list[Planned]) -> Rung | None:
+def _to_measure(usable: list[Rung], fitting: list[Planned]) -> Rung | None:
     """The next rung to measure: the best by what is known until that one is measured, then its best neighbour."""
     by_name = {rung.name: rung for rung in usable}
-    if not rows:
+    if not fitting:
         return by_name.get(BEGIN_WITH, usable[-1])
-    for row in sorted(rows, key=lambda row: row.val_loss)[:MEASURED]:
-        if not row.measured:
-            return by_name[row.rung]
-    return None
-
-
-def sized(config: RunConfig) -> RunConfig:
-    """The config with the largest micro-batch of at most MICRO_TOKENS tokens."""
-    fits = [size for size in divisors(config.sequences_per_step) if size * config.model.context <= MICRO_TOKENS]
-    return config.replace("plan", **{"machine.micro_batch": max(fits, default=1)})
+    best = sorted(fitting, key=lambda row: row.val_loss)[:MEASURED]
+    return next((by_name[row.rung] for row in best if not row.measured), None)
 
 
 def _planned(rung: Rung, known: dict[str, Speed], device: Device, task: Task, configure: Configure) -> Planned:
@@ -202,9 +218,11 @@ def _planned(rung: Rung, known: dict[str, Speed], device: Device, task: Task, co
         config = configure(rung, max(per_step, rung.context))
         seconds = config.model.context * speed.pass_seconds
         tokens_per_s = rate(config, 1, seconds, speed.update_seconds)
-        parameters = count_parameters(config.model)
-        tokens = tokens_per_s * usable_seconds(task, tokens_per_s, parameters)
+        evaluating = evaluation_seconds(config, task.val_tokens, Budget(None, task.seconds), tokens_per_s)
+        saving = checkpoint_bytes(config) / SAVE_SPEED
+        tokens = tokens_per_s * max(0.0, task.seconds - evaluating - saving)
         per_step = step_tokens(rung, tokens)
+    parameters = count_parameters(config.model)
     loss = FITTED.loss(
         parameters - config.model.vocab_size * config.model.n_embd,
         tokens * task.bytes_per_token,
@@ -215,7 +233,7 @@ def _planned(rung: Rung, known: dict[str, Speed], device: Device, task: Task, co
         parameters=parameters,
         context=config.model.context,
         tokens_per_step=config.train.tokens_per_step,
-        micro_batch=sized(config).machine.micro_batch or 1,
+        micro_batch=config.unmeasured_micro_batch(),
         tokens_per_s=tokens_per_s,
         measured=rung.name in known,
         tokens=round(tokens),
@@ -223,13 +241,6 @@ def _planned(rung: Rung, known: dict[str, Speed], device: Device, task: Task, co
         memory=speed.memory,
         val_loss=loss * task.bytes_per_token,
     )
-
-
-def usable_seconds(task: Task, tokens_per_s: float, parameters: int) -> float:
-    """The part of a time budget that is spent on training steps: the loop keeps the rest for evaluating and saving."""
-    last = min(FINAL_EVALUATION_SHARE * task.seconds, task.val_tokens / (EVALUATION_SPEED * tokens_per_s))
-    saving = 12 * parameters / SAVE_SPEED
-    return max(0.0, (1 - EVALUATION_SHARE) * task.seconds - last - saving)
 
 
 def _between(rung: Rung, known: dict[str, Speed], configure: Configure) -> Speed:

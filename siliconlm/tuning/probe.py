@@ -6,6 +6,7 @@ The parent always survives: a child that fails, hangs, swaps or is killed is an 
 from __future__ import annotations
 
 import json
+import math
 import os
 import site
 import subprocess
@@ -30,8 +31,11 @@ POLL_SECONDS = 0.05
 CHILD = (sys.executable, "-P", "-m", "siliconlm.tuning.child")  # -P: no module out of the user's current folder
 SWAP_GROWTH = 64 << 20
 DRIVER_OUT_OF_MEMORY = "Insufficient Memory"  # Metal says this on stderr and goes on with unfinished buffers
+CHILD_SECONDS = 4.0  # until a child has begun: the interpreter, torch, the model
+PATIENCE = 3.0  # times the seconds that a child should take, and it counts as hanging
 COLD = "timed on the first step"
 CANARY = 0.01  # nats by which the same loss may differ when computed twice
+NEAR_CHANCE = 0.3  # by which the loss of fresh weights may differ from ln(vocabulary), as a share of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,10 @@ def probe(
     forward, updating = answer.values["forward_seconds"], answer.values["update_seconds"]
     row = replace(row, forward_seconds=forward, update_seconds=updating)
     row = replace(row, tokens_per_s=round(rate(config, row.micro_batch, forward, updating), 1))
-    if not answer.values["canary"] <= CANARY:  # so written, a NaN fails as well
+    chance = math.log(config.model.vocab_size)
+    if not abs(answer.values["loss"] / chance - 1) <= NEAR_CHANCE:  # so written, a NaN fails as well
+        return replace(row, reason=f"the loss is wrong: {answer.values['loss']:.2f}, where chance is {chance:.2f}")
+    if not answer.values["canary"] <= CANARY:
         return replace(row, reason="the same loss came out differently when repeated")
     if row.memory > budget:
         return replace(row, verdict="too big", reason=f"over the memory budget of {budget / 1e9:.1f} GB")
@@ -102,16 +109,19 @@ def run_child(
     request = {"config": for_child(config, device), "fraction": FRACTION, "budget": budget, "seconds": measure}
     swap = psutil.swap_memory().used
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        with subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=out, stderr=err, env=child_environment()) as child:
+        environment = child_environment()
+        with subprocess.Popen(
+            CHILD, bufsize=0, stdin=subprocess.PIPE, stdout=out, stderr=err, env=environment
+        ) as child:
             assert child.stdin is not None
             with suppress(BrokenPipeError):  # it has died already: its code and its last words say why
-                child.stdin.write(json.dumps(request).encode())
-                child.stdin.close()
+                child.stdin.write(json.dumps(request).encode() + b"\n")
+            # It stays open: by its end the child knows that this process has died.
             try:
                 stopped = _watch(child, budget if device.resident else sys.maxsize, seconds, swap)
             finally:
                 child.kill()
-        return _answer(child.returncode, stopped, _content(out), _content(err))
+        return _answer(child.returncode, stopped, _content(out), _content(err), seconds, measure)
 
 
 def for_child(config: RunConfig, device: Device) -> dict[str, object]:
@@ -159,11 +169,14 @@ def _resident(pid: int) -> int:
         return 0  # it has just ended
 
 
-def _answer(code: int, stopped: Answer | None, out: str, err: str) -> Answer:
+def _answer(code: int, stopped: Answer | None, out: str, err: str, seconds: float, measure: float) -> Answer:
     values = _last_object(out)
     if DRIVER_OUT_OF_MEMORY in err:  # also before a hang, where the first step's answer would be believed
         return Answer({}, "the GPU's driver ran out of memory", out_of_memory=True)
     if stopped and stopped.stopped and "forward_seconds" in values:
+        rest = measure + 3 * values["forward_seconds"] + 2 * values["update_seconds"]
+        if seconds > CHILD_SECONDS + PATIENCE * rest:
+            return Answer({}, f"it hung after the first step ({stopped.failure})", stopped=True)
         return Answer(values, cold=True)
     if stopped:
         return stopped

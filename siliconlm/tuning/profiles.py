@@ -24,7 +24,11 @@ from siliconlm.files import home, write_file
 from siliconlm.hardware.device import Device, processor_name, torch_facts
 from siliconlm.hardware.facts import power
 
-FREE = ("device", "on_battery")  # machine settings that change no measurement, or stand in a mark of their own
+FREE = (
+    "device",
+    "on_battery",
+    "micro_tokens",
+)  # machine settings that change no measurement, or stand in a mark of their own
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -15,17 +16,16 @@ from siliconlm.config import RunConfig, divisors
 from siliconlm.events import Probed
 from siliconlm.hardware.device import Device
 from siliconlm.tuning.memory import forecasts
-from siliconlm.tuning.probe import COLD, MEASURE_SECONDS, probe, rate
+from siliconlm.tuning.probe import CHILD_SECONDS, COLD, MEASURE_SECONDS, PATIENCE, probe, rate
 
 ENOUGH = 0.98  # the smallest micro-batch within 2 % of the best speed is the best
-CLIFF = (
-    3.0  # times the seconds per token of a smaller micro-batch: memory is being squeezed, so nothing larger is tried
-)
+# Times the seconds per token of a smaller micro-batch: memory is being squeezed, so nothing larger is tried.
+CLIFF = 3.0
 STRIDE = 4  # the second micro-batch tried is so many times the first: far enough for a line, near enough to fit
+NEAR = 0.85  # of the best speed: so much may a busy moment cost
 SPARE = 0.4  # of the time left, that a try which only refines the answer may take
-CHILD_SECONDS = 4.0  # until a child has begun: the interpreter, torch, the model
-PATIENCE = 3.0  # times the seconds that a child should take, and it counts as hanging
 SHORTEST_LIMIT = 15.0
+NO_TIME = "no time left to try it"
 
 Next = Callable[["Search"], int | None]
 
@@ -59,8 +59,9 @@ class Search:
 
     @property
     def fitting(self) -> list[Probed]:
-        """What fits, by size."""
-        return sorted((row for row in self.rows if row.verdict == "fits"), key=lambda row: row.micro_batch)
+        """What fits, by size; of several tries the fastest, for what disturbs one only ever slows it."""
+        fits = sorted((row for row in self.rows if row.verdict == "fits"), key=lambda row: row.tokens_per_s)
+        return sorted({row.micro_batch: row for row in fits}.values(), key=lambda row: row.micro_batch)
 
     @property
     def seconds_left(self) -> float:
@@ -76,8 +77,10 @@ class Search:
                 self._end(micro, f"would need {needed / 1e9:.2f} GB; the budget is {self.budget / 1e9:.2f} GB")
                 yield self._not_tried(micro, "too big", self.limit, needed)
             elif self.rows and self.seconds_left < self.child_seconds(micro):
-                self._end(micro, "no time left for a bigger one")
-                yield self._not_tried(micro, "stopped", self.limit, needed)
+                if all(micro > row.micro_batch for row in self.fitting):
+                    self._end(micro, NO_TIME)
+                yield self._not_tried(micro, "stopped", NO_TIME, needed)
+                return
             else:
                 yield from self.attempt(micro)
 
@@ -181,8 +184,13 @@ def fastest(search: Search) -> int | None:
         return wanted
     # Between a size and another four times as large a line can hide a hill, so the best's neighbours are tried.
     around = [size for size in speeds if size > wanted][:1] + [size for size in speeds if size < wanted][-1:]
-    spare = [size for size in around if size not in tried and search.child_seconds(size) < SPARE * search.seconds_left]
-    return spare[0] if spare else None
+    refining = [size for size in around if size not in tried]
+    # And rivals are measured twice: for a moment the machine may have been busy with something else.
+    times = Counter(row.micro_batch for row in search.rows)
+    rivals = [size for size in tried if size in speeds and speeds[size] >= NEAR * speeds[wanted]]
+    refining += [size for size in rivals if times[size] < 2 <= len(rivals)]
+    spare = (size for size in refining if search.child_seconds(size) < SPARE * search.seconds_left)
+    return next(spare, None)
 
 
 def largest(search: Search) -> int | None:
@@ -208,15 +216,15 @@ def sizes(config: RunConfig) -> list[int]:
     return chosen
 
 
-def forecast_sizes(config: RunConfig, device: Device) -> dict[int, int]:
+def forecast_sizes(config: RunConfig, device: Device, seconds: float = 60.0) -> dict[int, int]:
     """Bytes at the peak of training with the smallest, a middle and the largest micro-batch. Nothing is trained.
 
-    SiliconError where the forecast fails.
+    SiliconError where the forecast fails or takes longer than `seconds`.
     """
     every = sizes(config)
     picked = sorted({every[0], every[len(every) // 2], every[-1]})
     sized = [config.replace("forecast", **{"machine.micro_batch": micro}) for micro in picked]
-    found = forecasts(sized, device)
+    found = forecasts(sized, device, seconds)
     return {micro: needs.resident or needs.peak for micro, needs in zip(picked, found, strict=True)}
 
 

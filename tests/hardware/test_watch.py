@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from siliconlm.events import Notice
-from siliconlm.hardware.watch import HELD, NOT_HELD, Reading, Watch, awake, read, sleepless, troubles
+from siliconlm.hardware.watch import HELD, NOT_HELD, Awake, Reading, Watch, read, sleepless, troubles
 
 AC = Reading("AC")
 BATTERY = Reading("battery", 57)
@@ -55,8 +55,8 @@ def test_a_mac_is_held_by_caffeinate_without_its_display(
         "caffeinate",
         f'echo "$@" > {tmp_path}/asked\necho $$ > {tmp_path}/id.tmp\nmv {tmp_path}/id.* {tmp_path}/id\nexec cat\n',
     )
-    with awake(mac=True) as notices:
-        assert notices == told
+    with Awake(mac=True) as hold:
+        assert hold.notices == told
         holder = psutil.Process(int(when_there(tmp_path / "id")))
         assert holder.ppid() == os.getpid()
     assert not holder.is_running()
@@ -78,7 +78,7 @@ def test_linux_is_held_by_what_logind_allows(
     refuse = f'[ "$1" = --what={refused} ] && exit 1\n'
     program("systemd-inhibit", INHIBIT.format(log=tmp_path / "log", refuse=refuse, more=f"touch {tmp_path}/$1\n"))
     before = psutil.Process().children()
-    with awake(mac=False):
+    with Awake(mac=False):
         when_there(tmp_path / "cat")
         assert len(psutil.Process().children()) == len(before) + 1
     assert psutil.Process().children() == before
@@ -95,7 +95,7 @@ def test_the_hold_ends_with_a_process_that_is_killed(
     os.mkfifo(tmp_path / "pipe")
     more = f'[ "$1" = cat ] && exec 3> {tmp_path}/pipe\n'
     program("systemd-inhibit", INHIBIT.format(log=tmp_path / "log", refuse="", more=more))
-    code = "import time\nfrom siliconlm.hardware.watch import awake\nwith awake(mac=False):\n    time.sleep(60)"
+    code = "import time\nfrom siliconlm.hardware.watch import Awake\nwith Awake(mac=False):\n    time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
     with child, open(tmp_path / "pipe", "rb", buffering=0) as pipe:
         assert not select.select([pipe], [], [], 0)[0], "it is held"
@@ -114,8 +114,8 @@ def test_where_nothing_can_hold_training_goes_on(
         program("systemd-inhibit", "echo 'Failed to connect to bus' >&2\nexit 1\n")
     monkeypatch.setenv("PATH", str(script.parent))
     monkeypatch.setattr("psutil.sensors_battery", lambda: None, raising=False)
-    with awake(mac) as notices:
-        assert notices == []
+    with Awake(mac) as hold:
+        assert hold.notices == []
 
 
 def test_a_laptop_that_cannot_be_held_is_told_so(
@@ -123,8 +123,8 @@ def test_a_laptop_that_cannot_be_held_is_told_so(
 ) -> None:
     script = program("pmset", f'echo "{LAPTOP}"\n')
     monkeypatch.setenv("PATH", str(script.parent))
-    with awake(mac=True) as notices:
-        assert notices == [Notice(NOT_HELD, "warning")]
+    with Awake(mac=True) as hold:
+        assert hold.notices == [Notice(NOT_HELD, "warning")]
 
 
 # --- readings --------------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -45,6 +47,7 @@ class Run:
         self.dataset = dataset
         self.folder: RunFolder = create_run(name, config, {"dataset": str(dataset.path)})
         self.state = TrainState.new(config, device)
+        self.budget = Budget.of(config.train)
         self.batches = Batches(dataset.train, config.model.context, config.train.seed)
         self.events: list[Event] = []
 
@@ -52,13 +55,13 @@ class Run:
         return self.state.save(self.folder, self.dataset.tokenizer, self.dataset.fingerprint)
 
     def train(self, stop: Stop = go_on, watch: Watch | None = None) -> Run:
-        place, budget = (self.folder.name, str(self.folder.path)), Budget.of(self.state.config.train)
+        place = self.folder.name, str(self.folder.path)
         watch = watch or Watch("continue", Reading)
 
         def asked() -> str | None:
             return stop(self.state)
 
-        for event in fit(self.state, self.batches, self.dataset, budget, place, self.save, asked, watch):
+        for event in fit(self.state, self.batches, self.dataset, self.budget, place, self.save, asked, watch):
             self.events.append(event)
         return self
 
@@ -384,6 +387,57 @@ def test_a_stop_during_a_pause_ends_the_run_without_further_work(
 
 
 @pytest.mark.usefixtures("told_each_step")
+def test_a_pause_ends_with_the_time_until_a_deadline(
+    config: Config, device: Device, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadline waits for no mains power: the run is concluded with what there is, and is used up."""
+    laptop = Laptop(["AC", *["battery"] * 1000])
+    now = 1.7e9
+    monkeypatch.setattr("siliconlm.training.loop.time.time", lambda: now + laptop.now())
+    run = Run(config(train__time="20m", train__eval_every=1000), device, dataset)
+    run.budget = replace(run.budget, deadline=datetime.fromtimestamp(now + 1200, UTC))
+    run.train(laptop.stop, laptop.watch())
+    assert (run.events[-1].reason, run.state.step) == ("done", 2)
+    assert laptop.sources, "still on battery"
+    assert "time is over" in run.of(Notice)[-1].message
+    assert run.folder.newest()[0].state()["seconds"] >= 1200
+
+
+def test_a_pause_lets_the_computer_sleep() -> None:
+    told: list[str] = []
+
+    @contextmanager
+    def asleep() -> Iterator[None]:
+        told.append("may sleep")
+        yield
+        told.append("held again")
+
+    laptop = Laptop([], stop_after=3)
+    watch = replace(laptop.watch(), asleep=asleep, state=Reading("battery"), read=lambda: Reading("battery"))
+    assert watch.wait(lambda: told.append("asked") or laptop.stop(None)) == "SIGINT"  # type: ignore[func-returns-value, arg-type]
+    assert told == ["may sleep", *["asked"] * 4, "held again"]
+
+
+def test_a_save_that_takes_the_last_of_the_time_leaves_a_finished_run(
+    config: Config, device: Device, dataset: Dataset
+) -> None:
+    """The checkpoint that is left says that the budget is used up, or else a resume would go on training."""
+    laptop = Laptop([])
+    run = Run(config(train__time="10m", train__save_every=4, train__eval_every=1000), device, dataset)
+    work = run.save
+
+    def slow() -> Saved:
+        laptop.asked += 10
+        return work()
+
+    run.save = slow  # type: ignore[method-assign]
+    run.train(laptop.stop, laptop.watch("continue"))
+    assert (run.events[-1].reason, run.state.step) == ("done", 4)
+    left = run.folder.newest()[0].state()
+    assert left["step"] == 4 and run.budget.done(4, left["seconds"]) == 1
+
+
+@pytest.mark.usefixtures("told_each_step")
 def test_without_a_wish_to_pause_the_battery_is_told_once(config: Config, device: Device, dataset: Dataset) -> None:
     laptop = Laptop(["AC", *["battery"] * 5])
     run = Run(config(), device, dataset).train(laptop.stop, laptop.watch("continue"))
@@ -458,7 +512,7 @@ def test_a_state_comes_back_exactly(config: Config, device: Device, dataset: Dat
     cut = Run(settings, device, dataset, "cut").train(lambda state: "SIGTERM" if state.step == 5 else None)
     again = TrainState.new(settings, device)
     again.restore(cut.folder.newest()[0], dataset.fingerprint)
-    assert (again.step, again.tokens, again.val_loss) == (5, 640, cut.of(Evaluated)[-1].val_loss)
+    assert (again.step, again.tokens, again.val_loss) == (5, 640, None)
     cut.state = again
     cut.train()
     assert straight.of(Step) == cut.of(Step)

@@ -139,7 +139,8 @@ def test_a_used_up_budget_is_extended_by_a_schedule_of_its_own(budget: Budget) -
 def test_a_budget_with_time_left_grows() -> None:
     assert Budget(None, 90.0).extended(3, 40.0, 30.0) == Budget(None, 120.0)
     assert Budget(None, 90.0, 60.0).extended(3, 70.0, 30.0) == Budget(None, 120.0, 60.0)
-    assert Budget(None, 90.0, deadline=LATER).extended(3, 70.0, 30.0) == Budget(None, 120.0)
+    later = LATER + timedelta(seconds=30)
+    assert Budget(None, 90.0, deadline=LATER).extended(3, 70.0, 30.0) == Budget(None, 120.0, deadline=later)
     with pytest.raises(SiliconError, match="only 39 of 40 steps are done") as caught:
         Budget(40, None).extended(39, 1e6, 30.0)
     assert caught.value.fix

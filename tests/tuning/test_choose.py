@@ -24,8 +24,8 @@ from siliconlm.tuning.profiles import Profile
 
 # Seconds of a micro-batch: 10 ms and 10 ms a sequence, changed by the rules that a test adds.
 MACHINE = """
-import json, sys
-request = json.load(sys.stdin)
+import json, math, sys
+request = json.loads(sys.stdin.readline())
 config, seconds = request["config"], request["seconds"]
 machine, model = config["machine"], config["model"]
 micro, dtype = machine["micro_batch"], machine["dtype"]
@@ -33,7 +33,7 @@ forward, memory = 0.01 + 0.01 * micro, 10**8 + 10**6 * micro
 burst = 0.9 * forward
 RULES
 print(json.dumps({"memory": memory, "forward_seconds": forward, "update_seconds": 0.0, "canary": 0.0,
-                  "burst_seconds": burst}))
+                  "loss": math.log(model["vocab_size"]), "burst_seconds": burst}))
 """
 FULL = 'print(json.dumps({"error": "full", "out_of_memory": True})); sys.exit()'
 APPLE = Device("mps", torch.float32, 2)
@@ -46,7 +46,7 @@ def rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("SILICON_HOME", str(tmp_path))
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 8 << 30)
     monkeypatch.setattr(choose, "open_device", opened)
-    monkeypatch.setattr(choose, "forecast_sizes", lambda config, device: {1: 101 * 10**6, 8: 108 * 10**6})
+    monkeypatch.setattr(choose, "forecast_sizes", lambda config, device, seconds: {1: 101 * 10**6, 8: 108 * 10**6})
     for place in ("siliconlm.hardware.device", "siliconlm.tuning.profiles"):
         monkeypatch.setattr(f"{place}.processor_name", lambda kind: "Apple M4")
 

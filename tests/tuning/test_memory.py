@@ -204,5 +204,6 @@ def test_a_real_process_needs_what_was_forecast(checkpointing: bool, monkeypatch
 )
 def test_a_profile_made_by_hand_fits_the_macs_it_is_for(profile: str, working_set: float, preset: str) -> None:
     layers = read_profile(preset, kind="preset"), read_profile(profile)
-    found = forecast(resolve(*layers, Layer("data", {"model.vocab_size": 32_000})), APPLE)
+    config = resolve(*layers, Layer("data", {"model.vocab_size": 32_000}))
+    found = forecast(config.replace("test", **{"machine.micro_batch": config.unmeasured_micro_batch()}), APPLE)
     assert found.peak < 0.9 * working_set * 2**30 and not found.hazards

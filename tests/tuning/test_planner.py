@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from siliconlm.config import Layer, RunConfig, read_profile, resolve
 from siliconlm.errors import SiliconError
-from siliconlm.events import Planned, Probed
+from siliconlm.events import Notice, Planned, Probed
 from siliconlm.hardware.device import Device
 from siliconlm.model.decoder import count_parameters
 from siliconlm.tuning import planner, probe
@@ -29,15 +29,15 @@ CPU = Device("cpu", torch.float32, 1)
 TASK = Task(seconds=120.0, train_tokens=1_000_000, val_tokens=100_000, bytes_per_token=1.0)
 # A machine of 20 GFLOP/s, with some time for every micro-batch; it notes the shapes it was asked for.
 MACHINE = """
-import json, os, sys
-config = json.load(sys.stdin)["config"]
+import json, math, os, sys
+config = json.loads(sys.stdin.readline())["config"]
 model, micro = config["model"], config["machine"]["micro_batch"]
 open(os.environ["MARKS"], "a").write(f"{model['n_layer']}x{model['n_embd']}\\n")
 weights = model["n_layer"] * model["n_embd"] * (4 * model["n_embd"] + 3 * model["n_ff"])
 forward = 0.002 + 6 * weights * micro * model["context"] / 20e9
 memory = 3 * 10**8 + 20 * weights + 10**5 * micro
 print(json.dumps({"memory": memory, "forward_seconds": forward, "update_seconds": weights / 1e8, "canary": 0.0,
-                  "burst_seconds": forward}))
+                  "loss": math.log(128), "burst_seconds": forward}))
 """
 
 
@@ -138,7 +138,8 @@ def exhaustive(machine: Any, task: Task) -> dict[str, float]:
     """Every rung measured, and its predicted loss."""
     known = {}
     for rung in LADDER:
-        config = planner.sized(configure(rung, step_tokens(rung, 0)))
+        config = configure(rung, step_tokens(rung, 0))
+        config = config.replace("test", **{"machine.micro_batch": config.unmeasured_micro_batch()})
         row = probe.probe(config, CPU, 1 << 40, 60)
         known[rung.name] = planner.Speed(
             row.forward_seconds / (row.micro_batch * row.context), row.update_seconds, row.memory
@@ -191,6 +192,41 @@ def test_what_does_not_fit_is_left_out_with_all_that_is_larger(machine: Any, mon
     monkeypatch.setattr(probe, "CHILD", (sys.executable, "-c", limited.replace("2e5", "0")))
     with pytest.raises(SiliconError, match="not even the smallest"):
         run(plan(CPU, TASK, configure, refresh=True))
+
+
+def test_rungs_that_contradict_what_is_set_by_hand_are_left_out(machine: Any) -> None:
+    def by_hand(**values: Any) -> Any:
+        given = {"model.vocab_size": 128, "machine.device": "cpu", **values}
+        return lambda rung, per_step: resolve(rung.layer(per_step), Layer("--set", given))
+
+    events, _, _ = run(plan(CPU, TASK, by_hand(**{"train.tokens_per_step": 512})))
+    shown = [event for event in events if isinstance(event, Planned)]
+    assert {row.rung for row in shown} == {rung.name for rung in LADDER if rung.context <= 512}
+    assert {row.tokens_per_step for row in shown} == {512}
+    with pytest.raises(SiliconError, match=r"not a multiple of model\.context 1000"):
+        run(plan(CPU, TASK, by_hand(**{"model.context": 1000})))
+
+
+def test_what_is_predicted_not_to_fit_is_not_measured(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "memory_budget", lambda self: 400 * 10**6)
+    events, best, _ = run(plan(CPU, Task(1e6, 10**9, 10**5, 1.0), configure))
+    assert best.memory <= 400 * 10**6 and best.measured
+    over = [event for event in events if isinstance(event, Probed) and event.memory > 400 * 10**6]
+    assert len(over) <= 1, "a first guess may be a little off"
+
+
+def test_a_failure_that_is_no_lack_of_memory_is_not_called_one(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "CHILD", (sys.executable, "-c", "raise SystemExit('no such kernel')"))
+    with pytest.raises(SiliconError, match="no such kernel") as caught:
+        run(plan(CPU, TASK, configure))
+    assert caught.value.kind == "training_failed" and "self-test" in caught.value.fix
+
+
+def test_measuring_is_said_once_before_it_begins(machine: Any) -> None:
+    events, _, _ = run(plan(CPU, TASK, configure))
+    assert [isinstance(event, Notice) for event in events[:2]] == [True, False]
+    assert len([event for event in events if isinstance(event, Notice)]) == 1
+    assert not [event for event in run(plan(CPU, TASK, configure))[0] if isinstance(event, Notice)]
 
 
 def test_losses_of_other_tokenizers_are_per_token(machine: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ PLENTY = 64 << 30
 def answer(**values: object) -> str:
     """The words of a child that answers at once; a micro-batch takes half a second and an update none."""
     usual: dict[str, object] = {"memory": 5, "forward_seconds": 0.5, "update_seconds": 0.0, "canary": 0.0}
+    usual["loss"] = math.log(64)
     words = json.dumps(usual | {"burst_seconds": 0.25} | values)
-    return f"import sys; sys.stdin.read(); print({words!r}, flush=True)"
+    return f"import sys; sys.stdin.readline(); print({words!r}, flush=True)"
 
 
 def config_of(*assignments: str) -> RunConfig:
@@ -95,9 +98,14 @@ FATES = {
     "crashed in native code": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "failed", "by signal 11"),
     "ended without a word": ("raise SystemExit(3)", "failed", "ended with code 3: no output"),
     "said why and ended": ("raise SystemExit('no such thing')", "failed", "ended with code 1: no such thing"),
-    "printed no JSON": ("import sys; sys.stdin.read(); print('loss 3.2')", "failed", "ended with code 0"),
-    "printed another JSON": ("import sys; sys.stdin.read(); print('[1, 2]')", "failed", "ended with code 0"),
+    "printed no JSON": ("import sys; sys.stdin.readline(); print('loss 3.2')", "failed", "ended with code 0"),
+    "printed another JSON": ("import sys; sys.stdin.readline(); print('[1, 2]')", "failed", "ended with code 0"),
     "printed bytes that are no text": ("import sys; sys.stdout.buffer.write(bytes([255, 254]))", "failed", "code 0"),
+    "printed a loss that is wrong each time": (
+        answer(loss=0.0),
+        "failed",
+        "the loss is wrong: 0.00, where chance is 4.16",
+    ),
     "printed a loss that changes": (answer(canary=1.0), "failed", "differently"),
     "the driver ran out": (
         "import sys; sys.stderr.write('MTLCommandBuffer: Insufficient Memory (00000008)\\n');" + answer(),
@@ -115,11 +123,8 @@ FATES = {
         "too big",
         "over the memory budget of 68.7 GB",
     ),
-    "a loss that is not a number": (
-        answer(canary=float("nan")),
-        "failed",
-        "differently",
-    ),
+    "a loss that is not a number": (answer(loss=float("nan")), "failed", "the loss is wrong: nan"),
+    "a second loss that is not a number": (answer(canary=float("nan")), "failed", "differently"),
     "crashed after its first step": (
         answer() + "; raise SystemExit('no more')",
         "failed",
@@ -171,6 +176,34 @@ def test_a_child_with_time_for_one_step_only_is_believed_and_said_so(children: A
     assert (row.verdict, row.reason, row.tokens_per_s) == ("fits", "timed on the first step", 256)
 
 
+def test_a_child_that_had_time_for_more_than_its_first_step_has_hung(children: Any, device: Device) -> None:
+    """Its step took nothing; after it, thrice what the rest would have taken went by."""
+    quick = answer(forward_seconds=0.0)
+    children(quick + "; import signal; signal.pause()")
+    row = probe(config_of(), device, PLENTY, seconds=module.CHILD_SECONDS + module.PATIENCE * 0.1 + 0.1, measure=0.1)
+    assert row.verdict == "stopped" and row.reason.startswith("it hung after the first step")
+
+
+def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
+    """Whatever it is at: the real child, stopped while it computes, and a parent that is killed."""
+    code = (
+        "import sys; from siliconlm.tuning import probe; from siliconlm.hardware.device import open_device\n"
+        "from siliconlm.config import Layer, resolve\n"
+        "shape = {'model.vocab_size': 64, 'model.context': 32, 'train.tokens_per_step': 256}\n"
+        "config = resolve(Layer('test', shape | {'machine.micro_batch': 4, 'machine.device': 'cpu'}))\n"
+        "probe.run_child(config, open_device(config.machine), 1 << 40, 600.0, measure=600.0)\n"
+    )
+    parent = psutil.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not (found := parent.children()):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    gone, _ = psutil.wait_procs(found, timeout=60)
+    assert gone == found
+
+
 def test_the_drivers_words_count_where_the_child_hangs_after_them(children: Any, device: Device) -> None:
     children("import sys; sys.stderr.write('Insufficient Memory'); " + answer() + "; import signal; signal.pause()")
     row = probe(config_of(), device, PLENTY, seconds=1)
@@ -193,7 +226,7 @@ def test_a_machine_that_begins_to_swap_ends_the_probe(
 
 def test_the_question_keeps_the_recipe_and_names_the_machine(children: Any, device: Device) -> None:
     """The child resolves exactly the settings of the parent, with the device's own dtype and threads."""
-    children("import sys; sys.stderr.write(sys.stdin.read()); raise SystemExit(1)")
+    children("import sys; sys.stderr.write(sys.stdin.readline()); raise SystemExit(1)")
     question = json.loads(probe(config_of("train.seed=5"), device, PLENTY, 30).reason.split(": ", 1)[1])
     asked = question["config"]
     assert asked["model"] == config_of().model.model_dump()
