@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/silicon sample "To be or not"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m ""

@@ -22,7 +22,7 @@ from siliconlm.training.schedule import Budget
 from siliconlm.tuning.choose import settle
 from siliconlm.tuning.probe import probe, rate
 from siliconlm.tuning.profiles import file_name, fingerprint, machine_mark
-from siliconlm.tuning.search import SHORTEST_LIMIT
+from siliconlm.tuning.search import SHORTEST_LIMIT, between
 
 SMALLEST_STEP = 2048  # tokens of an optimiser step
 STEP_GROWS_FROM = 2e6  # tokens of a run
@@ -244,14 +244,19 @@ def _planned(rung: Rung, known: dict[str, Speed], device: Device, task: Task, co
 
 
 def _between(rung: Rung, known: dict[str, Speed], configure: Configure) -> Speed:
-    """The speed of a rung by the two nearest that are measured, in proportion on a logarithmic scale of parameters."""
+    """What a rung takes, by the two nearest that are measured: its times in proportion on a logarithmic scale of
+    parameters, its memory on a plain one, for a part of that is the same for all."""
+
+    def parameters(name: str) -> int:
+        other = next(other for other in LADDER if other.name == name)
+        return count_parameters(configure(other, other.context).model)
 
     def place(name: str) -> float:
-        other = next(other for other in LADDER if other.name == name)
-        return math.log(count_parameters(configure(other, other.context).model))
+        return math.log(parameters(name))
 
     here = place(rung.name)
     near = sorted(known, key=lambda name: abs(place(name) - here))[:2]
+    memory = between({parameters(name): known[name].memory for name in known}, parameters(rung.name))
 
     def read(value: Callable[[Speed], float]) -> float:
         first = math.log(value(known[near[0]]))
@@ -263,7 +268,7 @@ def _between(rung: Rung, known: dict[str, Speed], configure: Configure) -> Speed
     return Speed(
         read(lambda speed: speed.pass_seconds),
         read(lambda speed: speed.update_seconds),
-        round(read(lambda speed: speed.memory)),
+        round(max(memory, min(speed.memory for speed in known.values()))),
     )
 
 

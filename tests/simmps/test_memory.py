@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -53,7 +55,14 @@ def test_a_probe_of_what_does_not_fit_ends_at_the_limit_of_its_own(mac: Any) -> 
         section, key = name.split("__")
         tables.setdefault(section, {})[key] = value
     question = json.dumps({"config": tables, "fraction": 0.9, "budget": 0, "seconds": 1.0})
-    found = mac.python("-P", "-m", "siliconlm.tuning.child", stdin=question, **LIMIT).ended().json()
+    # The child dies when its stdin ends, so it gets a pipe that stays open.
+    command = [sys.executable, "-P", "-m", "siliconlm.tuning.child"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=mac.environment(**LIMIT)) as child:
+        assert child.stdin and child.stdout
+        child.stdin.write(question + "\n")
+        child.stdin.flush()
+        found = json.loads(child.stdout.readline())
     assert found["out_of_memory"] and found["error"].startswith("MPS backend out of memory (MPS allocated: ")
     assert "max allowed: 45.00 MiB" in found["error"]
     assert re.search(r"Tried to allocate [0-9.]+ MiB on private pool\.$", found["error"])

@@ -209,10 +209,9 @@ def test_rungs_that_contradict_what_is_set_by_hand_are_left_out(machine: Any) ->
 
 def test_what_is_predicted_not_to_fit_is_not_measured(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "memory_budget", lambda self: 400 * 10**6)
-    events, best, _ = run(plan(CPU, Task(1e6, 10**9, 10**5, 1.0), configure))
+    _, best, _ = run(plan(CPU, Task(1e6, 10**9, 10**5, 1.0), configure))
     assert best.memory <= 400 * 10**6 and best.measured
-    over = [event for event in events if isinstance(event, Probed) and event.memory > 400 * 10**6]
-    assert len(over) <= 1, "a first guess may be a little off"
+    assert not {"8x448", "12x512", "14x640", "16x768"} & set(machine()), "far over it"
 
 
 def test_a_failure_that_is_no_lack_of_memory_is_not_called_one(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
