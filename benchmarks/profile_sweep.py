@@ -65,12 +65,12 @@ def compare(preset: str, seconds: float) -> None:
     chosen = {name: value for name, value in made.settings.items() if name.startswith("machine.")}
     rows = sweep(settle(config, device), device, seconds)
     best, changes = max(rows, key=lambda row: row[0].tokens_per_s)
-    duel: dict[str, list[float]] = {"chosen": [], "best": []}
+    duel: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(TURNS):
-        for side, settings in (("chosen", chosen), ("best", changes)):
+        for side, settings in (("ours", chosen), ("theirs", changes)):
             row = measure(settle(config, device), device, settings, seconds)
             duel[side].append(row.tokens_per_s)
-    ours, theirs = (statistics.median(duel[side]) for side in ("chosen", "best"))
+    ours, theirs = map(statistics.median, duel.values())
     ratio = ours / theirs
     same = replace(best, micro_batch=chosen["machine.micro_batch"], dtype=chosen["machine.dtype"], variant="")
     print(

@@ -26,7 +26,7 @@ SUSTAINED_SECONDS = 6.0  # the chosen setting is measured for so long, to see wh
 RECOMPUTING = 0.75  # checkpointing does about a third more work, so a larger micro-batch must gain more than that
 SMALLEST_CONTEXT = 64
 SHORTEST_FORECAST = 15.0  # seconds: without it a probe goes blind, so it gets them though the time be over
-NOTICEABLE = 0.1  # of the memory: smaller logits are not worth a loss in chunks
+NOTICEABLE = 0.1  # of the memory: smaller logits are worth a loss in chunks only where that is faster
 FAILURES = {"failed": "fails here", "stopped": "takes too long here"}
 SAVERS: tuple[dict[str, bool], ...] = (
     {},
@@ -227,7 +227,7 @@ def _threads(tuning: Tuning, device: Device) -> Iterator[Event]:
 
 
 def _loss(tuning: Tuning) -> Iterator[Event]:
-    """The loss in chunks where the logits take a noticeable part of the memory and it is not slower."""
+    """The loss in chunks where it is faster, or not slower and the logits take a noticeable part of the memory."""
     machine, model = tuning.search.config.machine, tuning.search.config.model
     if machine.chunked_loss or tuning.fixed("machine.chunked_loss"):
         return
@@ -235,10 +235,9 @@ def _loss(tuning: Tuning) -> Iterator[Event]:
     fault = tuning.search.device.faults.get("chunked_loss")
     if fault:
         tuning.choose("machine.chunked_loss", False, f"it fails the self-test ({fault})")
-    elif logits < NOTICEABLE * tuning.best.memory:
-        tuning.choose("machine.chunked_loss", False, f"the logits take only {logits / 1e6:.0f} MB")
     else:
-        yield from tuning.compare("machine.chunked_loss", True, gain=ENOUGH)
+        large = logits > NOTICEABLE * tuning.best.memory
+        yield from tuning.compare("machine.chunked_loss", True, gain=ENOUGH if large else 1 / ENOUGH)
 
 
 def _checkpointing(tuning: Tuning, plain: Search) -> Iterator[Event]:
