@@ -101,7 +101,8 @@ def sweep(config: RunConfig, device: Device, seconds: float) -> list[tuple[Probe
             continue
         threads = {"machine.threads": max(1, device.threads // 2)} if "machine.threads" in changes else {}
         for _, size in best:
-            take({**changes, **threads, **size}, name)
+            if not take({**changes, **threads, **size}, name):
+                break  # too slow, or too big: so it will be for the others
     return rows
 
 

@@ -239,7 +239,7 @@ def _planned(rung: Rung, known: dict[str, Speed], device: Device, task: Task, co
         tokens=round(tokens),
         passes=tokens / task.train_tokens,
         memory=speed.memory,
-        val_loss=loss * task.bytes_per_token,
+        val_loss=min(loss * task.bytes_per_token, math.log(config.model.vocab_size)),  # as before any training
     )
 
 
