@@ -108,8 +108,12 @@ def _random_sequences(config: RunConfig, count: int) -> Tokens:
 
 
 def _die_with_parent() -> None:
-    """The parent holds the other end of stdin as long as it lives."""
-    sys.stdin.read()
+    """The parent holds the other end of stdin as long as it lives.
+
+    Not sys.stdin.read(): an interpreter that ends while a thread waits in there is aborted.
+    """
+    while os.read(0, 1):
+        pass
     os._exit(1)
 
 

@@ -184,6 +184,17 @@ def test_a_child_that_had_time_for_more_than_its_first_step_has_hung(children: A
     assert row.verdict == "stopped" and row.reason.startswith("it hung after the first step")
 
 
+def test_a_child_that_fails_by_a_bug_ends_with_its_traceback() -> None:
+    """And is not aborted as its interpreter ends beside the thread that waits for the parent's end."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(module.CHILD, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
+        assert child.stdin and child.stderr
+        child.stdin.write('{"config": {"model": {"n_layer": 0}}}\n')
+        child.stdin.flush()
+        assert child.wait(60) == 1
+        assert "model.n_layer" in child.stderr.read().splitlines()[-1]
+
+
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     """Whatever it is at: the real child, stopped while it computes, and a parent that is killed."""
     code = (

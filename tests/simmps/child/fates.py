@@ -7,13 +7,13 @@ struck.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,9 +27,8 @@ def await_them() -> None:
     from siliconlm.training import loop
 
     seed, folder = os.environ["SIMMPS_FATES"].split(":", 1)
-    parent = sys.stdin
-    question = parent.readline()
-    sys.stdin = SimpleNamespace(readline=lambda: question, read=parent.read)  # type: ignore[assignment]
+    question = sys.stdin.readline()
+    sys.stdin = io.StringIO(question)
     micro = json.loads(question)["config"]["machine"]["micro_batch"]
     drawn = random.Random(f"{seed} {micro}")
     by_chance, in_want = drawn.choice(FATES), drawn.choice(FATES)
