@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/silicon sample "To be or not"
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m ""
