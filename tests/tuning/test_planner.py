@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -229,10 +230,16 @@ def test_measuring_is_said_once_before_it_begins(machine: Any) -> None:
 
 
 def test_losses_of_other_tokenizers_are_per_token(machine: Any) -> None:
-    """Four bytes a token: a token's loss is that of four bytes, after four times the bytes."""
+    """Two bytes a token: a token's loss is that of two bytes, after twice the bytes."""
     known = {rung.name: planner.Speed(1e-5, 0.01, 10**8) for rung in LADDER[:3]}
-    bpe = Task(120.0, 250_000, 25_000, 4.0)
+    bpe = Task(120.0, 500_000, 50_000, 2.0)
     row = planner._planned(LADDER[1], known, CPU, bpe, configure)
     size = row.parameters - 128 * 64
-    assert row.val_loss == pytest.approx(4 * FITTED.loss(size, 4 * row.tokens, 1_000_000), rel=1e-4)
+    assert row.val_loss == pytest.approx(2 * FITTED.loss(size, 2 * row.tokens, 1_000_000), rel=1e-4)
     assert json.dumps(row.as_json())
+
+
+def test_no_loss_is_predicted_above_an_untrained_models(machine: Any) -> None:
+    known = {rung.name: planner.Speed(1e-5, 0.01, 10**8) for rung in LADDER[:3]}
+    row = planner._planned(LADDER[1], known, CPU, Task(120.0, 250_000, 25_000, 8.0), configure)
+    assert row.val_loss == pytest.approx(math.log(128), rel=1e-4)
