@@ -686,8 +686,7 @@ def sample(
     seed = settings.seed if settings.seed is not None else secrets.randbits(32)
     with _telling_out_of_memory(NO_ROOM):
         opened.model.to(place.torch_device)
-        for index in range(settings.num_samples):
-            yield from generate(opened.model, opened.tokenizer, place, prompt, settings, seed, index)
+        yield from generate(opened.model, opened.tokenizer, place, prompt, settings, seed)
 
 
 def validate(

@@ -221,7 +221,10 @@ class Finished(Event):
 
 @dataclass(frozen=True, slots=True)
 class Sampled(Event):
-    """A piece of text as it is made; `done` on the last piece of a sample, with the counts."""
+    """A piece of text as it is made; `done` on the last piece of a sample, with the counts.
+
+    `seconds` have passed since the first sample began: several are made at once.
+    """
 
     text: str
     sample: int

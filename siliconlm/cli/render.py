@@ -498,29 +498,38 @@ def finish(event: ev.Finished) -> None:
 
 
 def sampling(events: Iterable[ev.Event], prompt: str, json_out: bool) -> None:
-    """The prompt and what follows, as it comes; the counts go to stderr."""
+    """The prompt and what follows, as it comes; the counts go to stderr.
+
+    Several texts come at once: the first unfinished one is shown as it grows, the others when their turn has come.
+    """
     texts: dict[int, str] = {}
-    counts: list[dict[str, Any]] = []
+    counts: dict[int, dict[str, Any]] = {}
+    shown, turn = 0, 0
     show = printable if sys.stdout.isatty() else str
+    seconds = 0.0
     for event in bars(events, json_out):
         if not isinstance(event, ev.Sampled):
             continue
-        if event.sample not in texts:
-            texts[event.sample] = prompt
-            if not json_out:
-                print(("" if event.sample == 0 else "\n---\n") + show(prompt), end="")
-        texts[event.sample] += event.text
-        if not json_out:
-            print(show(event.text), end="\n" if event.done else "", flush=True)
+        texts[event.sample] = texts.get(event.sample, prompt) + event.text
         if event.done:
-            rate = event.tokens / event.seconds if event.seconds else 0.0
-            facts = {"tokens": event.tokens, "tokens_per_s": round(rate, 1), "stopped_by": event.stopped_by}
-            counts.append({"text": texts[event.sample], **facts})
+            seconds = event.seconds
+            facts = {"tokens": event.tokens, "stopped_by": event.stopped_by}
+            counts[event.sample] = {"text": texts[event.sample], **facts}
+        while not json_out and turn in texts:
+            if turn and not shown:
+                print("\n---\n")
+            print(show(texts[turn][shown:]), end="\n" if turn in counts else "", flush=True)
+            shown = len(texts[turn])
+            if turn not in counts:
+                break
+            turn, shown = turn + 1, 0
+    total = sum(item["tokens"] for item in counts.values())
+    rate = total / seconds if seconds else 0.0
     if json_out:
-        as_json({"prompt": prompt, "samples": counts})
+        samples = [counts[index] for index in sorted(counts)]
+        as_json({"prompt": prompt, "samples": samples, "tokens_per_s": round(rate, 1)})
     else:
-        total = sum(item["tokens"] for item in counts)
-        err.print(Text(f"{total} tokens, {counts[-1]['tokens_per_s']:.0f} tokens/s", style="dim"))
+        err.print(Text(f"{total} tokens, {rate:.0f} tokens/s", style="dim"))
 
 
 def evaluation(events: Iterable[ev.Event], json_out: bool) -> None:

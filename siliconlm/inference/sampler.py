@@ -8,18 +8,21 @@ from torch import Tensor
 from siliconlm.config import SampleConfig
 
 
-def sample(logits_V: Tensor, seen: Tensor, settings: SampleConfig, generator: torch.Generator) -> int:
+def sample(logits_V: Tensor, seen: list[int], settings: SampleConfig, generator: torch.Generator) -> int:
     """Draw one token id from float32 logits [V] on the CPU. `seen` holds the ids so far, for the repetition penalty.
 
     Order as in transformers: repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al.
     2020), min-p (Nguyen et al. 2024).
     """
-    if settings.repetition_penalty != 1.0 and len(seen):
-        logits_V = penalise(logits_V, seen, settings.repetition_penalty)
+    if settings.repetition_penalty != 1.0 and seen:
+        logits_V = penalise(logits_V, torch.tensor(seen), settings.repetition_penalty)
     if settings.temperature == 0:
         return int(logits_V.argmax())
     probabilities = filtered(torch.softmax(logits_V / settings.temperature, -1), settings)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    # The inverse of the distribution at one uniform number in (0, 1]: never at a token of probability 0.
+    sums_V = probabilities.cumsum(0, dtype=torch.float64)
+    share = 1 - float(torch.rand(1, generator=generator, dtype=torch.float64))
+    return int(torch.searchsorted(sums_V, share * float(sums_V[-1])))
 
 
 def penalise(logits_V: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -13,63 +13,97 @@ from siliconlm.data.tokenizer import Tokenizer
 from siliconlm.errors import SiliconError
 from siliconlm.events import Sampled
 from siliconlm.hardware.device import Device
+from siliconlm.inference.decode import OneToken, can_fold
 from siliconlm.inference.sampler import sample
 from siliconlm.model.decoder import Cache, Decoder
 
+TOGETHER = 16  # texts drawn at once
+
 
 class Session:
-    """A model with a cache: `feed` tokens, get the logits that follow them. The cache is allocated once."""
+    """A model with a cache for sequences of equal length: `feed` tokens, get the logits that follow them."""
 
-    def __init__(self, model: Decoder, device: Device) -> None:
+    def __init__(self, model: Decoder, device: Device, batch: int = 1) -> None:
         self.model = model
         self.device = device
-        self.cache = Cache(model.config, 1, device.torch_device, device.dtype)
-        self.ids: list[int] = []
+        self.cache = Cache(model.config, batch, device.torch_device, device.dtype)
+        self.one_token = OneToken(model, self.cache) if can_fold(model.config, model.count_parameters()) else None
+        self.ids: list[list[int]] = [[] for _ in range(batch)]
 
     @torch.inference_mode()
-    def feed(self, ids: list[int]) -> Tensor:
-        """Logits [V] after `ids`, float32 on the CPU.
+    def feed(self, ids: list[list[int]]) -> Tensor:
+        """Logits [B, V] after as many new ids for each sequence, float32 on the CPU.
 
         When the context is full the older half is forgotten and the newer half read again, so text can go on.
         """
-        self.ids += ids
-        if self.cache.length + len(ids) > self.model.config.context:
-            ids = self.ids[-max(1, self.model.config.context // 2) :]
+        for sequence, new in zip(self.ids, ids, strict=True):
+            sequence += new
+        if self.cache.length + len(ids[0]) > self.model.config.context:
+            ids = [sequence[-max(1, self.model.config.context // 2) :] for sequence in self.ids]
             self.cache.length = 0
+        ids_BT = torch.tensor(ids, device=self.device.torch_device)
         with self.device.autocast():
-            hidden = self.model.model(torch.tensor([ids], device=self.device.torch_device), self.cache)
-            logits_BV: Tensor = self.model.lm_head(hidden[:, -1])
-        return logits_BV[0].float().cpu()
+            if self.one_token and ids_BT.size(1) == 1:
+                logits_BV = self.one_token(ids_BT[:, 0])
+            else:
+                logits_BV = self.model.lm_head(self.model.model(ids_BT, self.cache)[:, -1])
+        return logits_BV.float().cpu()
+
+
+class Continuation:
+    """One text in the making: draws its tokens with a generator of its own and says which text is ready."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: SampleConfig, seed: int, index: int, start: float) -> None:
+        self.settings, self.eos, self.index = settings, tokenizer.eos, index
+        self.stream, self.hold = tokenizer.stream(), StopText(settings.stop)
+        self.generator = torch.Generator().manual_seed((seed + index) % (1 << 63))
+        self.start = start
+        self.made = 0
+        self.stopped_by = ""
+
+    def take(self, logits_V: Tensor, seen: list[int]) -> tuple[int, Sampled | None]:
+        """The next token, and the text that it makes ready; the last one's has the counts."""
+        token = sample(logits_V, seen, self.settings, self.generator)
+        self.made += 1
+        text = "" if token == self.eos else self.hold.push(self.stream.push(token))
+        if token == self.eos:
+            self.stopped_by = "end of text"
+        elif self.hold.found:
+            self.stopped_by = "stop text"
+        elif self.made == self.settings.max_tokens:
+            self.stopped_by = "max_tokens"
+        if self.stopped_by:
+            rest = "" if self.hold.found else self.hold.push(self.stream.flush()) + self.hold.flush()
+            seconds = round(time.perf_counter() - self.start, 4)
+            return token, Sampled(text + rest, self.index, True, self.made, seconds, self.stopped_by)
+        return token, Sampled(text, self.index) if text else None
 
 
 def generate(
-    model: Decoder, tokenizer: Tokenizer, device: Device, prompt: str, settings: SampleConfig, seed: int, index: int = 0
+    model: Decoder, tokenizer: Tokenizer, device: Device, prompt: str, settings: SampleConfig, seed: int
 ) -> Iterator[Sampled]:
-    """Continue a prompt; yields pieces of text and, last, the counts. An empty prompt starts a new document.
+    """Continue a prompt `num_samples` times, some of them at once; yields pieces of each text and, last, its counts.
 
-    Ends at the end-of-text token, a stop text (which is left out), or `max_tokens`.
+    An empty prompt starts a new document. A text ends at the end-of-text token, a stop text (which is left out), or
+    `max_tokens`. Number `index` is drawn with the seed `seed + index`.
     """
     start = time.perf_counter()
-    session, stream, hold = Session(model, device), tokenizer.stream(), StopText(settings.stop)
-    generator = torch.Generator().manual_seed((seed + index) % (1 << 63))
-    banned = banned_ids(model, tokenizer)
-    made, stopped_by = 0, "max_tokens"
-    ids = tokenizer.encode(prompt) or [tokenizer.eos]
-    while made < settings.max_tokens:
-        logits = session.feed(ids).index_fill(0, banned, -torch.inf)
-        token = sample(logits, torch.tensor(session.ids), settings, generator)
-        made += 1
-        if token == tokenizer.eos:
-            stopped_by = "end of text"
-            break
-        if text := hold.push(stream.push(token)):
-            yield Sampled(text, index)
-        if hold.found:
-            stopped_by = "stop text"
-            break
-        ids = [token]
-    rest = "" if hold.found else hold.push(stream.flush()) + hold.flush()
-    yield Sampled(rest, index, True, made, round(time.perf_counter() - start, 4), stopped_by)
+    prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos]
+    banned_V = torch.zeros(model.config.vocab_size).index_fill(0, banned_ids(model, tokenizer), -torch.inf)
+    for first in range(0, settings.num_samples, TOGETHER):
+        numbers = range(first, min(first + TOGETHER, settings.num_samples))
+        texts = [Continuation(tokenizer, settings, seed, index, start) for index in numbers]
+        session, ids = Session(model, device, len(texts)), [prompt_ids for _ in texts]
+        while not all(text.stopped_by for text in texts):
+            logits_BV = session.feed(ids) + banned_V
+            ids = [[tokenizer.eos] for _ in texts]  # what a text that has ended is fed, beside the others
+            for row, text in enumerate(texts):
+                if text.stopped_by:
+                    continue
+                token, ready = text.take(logits_BV[row], session.ids[row])
+                ids[row] = [token]
+                if ready:
+                    yield ready
 
 
 def banned_ids(model: Decoder, tokenizer: Tokenizer) -> Tensor:

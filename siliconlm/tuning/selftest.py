@@ -25,6 +25,7 @@ from siliconlm.config import ModelConfig, OptimConfig
 from siliconlm.errors import SiliconError
 from siliconlm.hardware.device import DTYPES, Device, is_out_of_memory, plain_words
 from siliconlm.hardware.doctor import MATMUL_CAP
+from siliconlm.inference.decode import OneToken
 from siliconlm.model.decoder import Attention, Block, Cache, Decoder, Rotary, rotate
 from siliconlm.model.loss import chunked_loss
 from siliconlm.training.optim import AdamW, Muon, build, orthogonalise
@@ -549,10 +550,14 @@ def _gradients(model: nn.Module) -> Named:
 
 
 @torch.inference_mode()
-def _cached_logits(model: nn.Module, device: Device, ids: Tensor) -> Tensor:
+def _cached_logits(model: Decoder, device: Device, ids: Tensor) -> Tensor:
+    """Of a prompt, one token by the decoder and one by its short form, and more tokens at once."""
     cache = Cache(TINY, 1, device.torch_device, device.dtype)
+    prompt, token, next_token, rest = ids.split([30, 1, 1, 16], dim=1)
     with device.autocast():
-        return torch.cat([model(part, cache).float() for part in ids.split([30, 1, 17], dim=1)], dim=1)
+        logits = [model(prompt, cache), model(token, cache)]
+        logits += [OneToken(model, cache)(next_token[:, 0])[:, None], model(rest, cache)]
+    return torch.cat([part.float() for part in logits], dim=1)
 
 
 def decoder(at: Place, config: ModelConfig) -> Named:

@@ -382,6 +382,8 @@ def test_sampling_settings_reach_the_sampler(silicon: Silicon, trained: Trained)
         and len({item["text"] for item in many}) > 1
         and {item["tokens"] for item in many} <= set(range(6))
     )
+    shown = silicon("sample", "A", "--num-samples", "3", "--max-tokens", "5", "--seed", "1").out
+    assert shown == "\n---\n\n".join(item["text"] + "\n" for item in many), "made at once, shown one after the other"
     letter = greedy.out[5]
     stopped = silicon("sample", "To be", "--max-tokens", "12", "--temperature", "0", "--stop", letter, "--json").json()
     assert stopped["samples"][0]["text"] == "To be" and stopped["samples"][0]["stopped_by"] == "stop text"

@@ -91,7 +91,7 @@ def test_draws_are_as_frequent_as_they_are_likely(changes: dict[str, float]) -> 
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(12)
     for _ in range(draws):
-        counts[sample(logits, seen, settings, generator)] += 1
+        counts[sample(logits, seen.tolist(), settings, generator)] += 1
     chances = theirs(logits, seen, settings)
     assert (counts[chances == 0] == 0).all()
     spread = (draws * chances * (1 - chances)).sqrt()
@@ -103,16 +103,14 @@ def test_temperature_zero_takes_the_likeliest_and_draws_nothing() -> None:
     before = generator.get_state()
     for seed in range(20):
         logits = logits_of(seed)
-        assert sample(logits, torch.tensor([]), SampleConfig(temperature=0), generator) == int(logits.argmax())
+        assert sample(logits, [], SampleConfig(temperature=0), generator) == int(logits.argmax())
     assert torch.equal(generator.get_state(), before)
 
 
 def test_the_coldest_temperature_is_still_finite_and_colder_ones_are_refused() -> None:
     for seed in range(20):
         logits = logits_of(seed) * 1e6
-        assert sample(logits, torch.tensor([]), SampleConfig(temperature=1e-3), torch.Generator()) == int(
-            logits.argmax()
-        )
+        assert sample(logits, [], SampleConfig(temperature=1e-3), torch.Generator()) == int(logits.argmax())
     for cold in (1e-39, 5e-324, 9e-4):
         with pytest.raises(SiliconError, match=r"must be 0 .* or at least 0\.001") as caught:
             sampling(temperature=cold)
@@ -122,15 +120,15 @@ def test_the_coldest_temperature_is_still_finite_and_colder_ones_are_refused() -
 def test_the_penalty_reaches_the_greedy_choice_as_well() -> None:
     logits = torch.tensor([1.0, 3.0, 2.9, -1.0])
     settings = SampleConfig(temperature=0, repetition_penalty=1.2)
-    assert sample(logits, torch.tensor([1]), settings, torch.Generator()) == 2
-    assert sample(logits, torch.tensor([], dtype=torch.long), settings, torch.Generator()) == 1
+    assert sample(logits, [1], settings, torch.Generator()) == 2
+    assert sample(logits, [], settings, torch.Generator()) == 1
     assert torch.equal(logits, torch.tensor([1.0, 3.0, 2.9, -1.0])), "the logits themselves are left alone"
 
 
 def test_the_same_generator_state_draws_the_same_and_the_global_one_is_left_alone() -> None:
     def draw(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return [sample(logits_of(step), torch.tensor([1]), PLAIN, generator) for step in range(30)]
+        return [sample(logits_of(step), [1], PLAIN, generator) for step in range(30)]
 
     before = torch.get_rng_state()
     assert draw(1) == draw(1) != draw(2)
@@ -142,4 +140,4 @@ def test_a_token_without_a_chance_is_never_drawn() -> None:
     logits[[3, 9]] = torch.tensor([-1e4, 1e-3])
     generator = torch.Generator().manual_seed(0)
     settings = SampleConfig(temperature=10, top_k=40, top_p=0.999, min_p=0.0)
-    assert {sample(logits, torch.tensor([5]), settings, generator) for _ in range(200)} == {9}
+    assert {sample(logits, [5], settings, generator) for _ in range(200)} == {9}

@@ -19,7 +19,7 @@ from siliconlm.errors import SiliconError
 from siliconlm.events import Sampled
 from siliconlm.hardware.device import Device, open_device
 from siliconlm.inference.sampler import sample
-from siliconlm.inference.session import Session, StopText, banned_ids, check_prompt, generate
+from siliconlm.inference.session import TOGETHER, Session, StopText, banned_ids, check_prompt, generate
 from siliconlm.model.decoder import Decoder
 from siliconlm.model.families import to_hf_tensors
 from siliconlm.model.weights import model_files, write_tensors
@@ -39,7 +39,7 @@ def text_of(pieces: list[Sampled]) -> str:
 
 def logits_for_text(session: Session, tokenizer: Tokenizer, ids: list[int]) -> torch.Tensor:
     banned = banned_ids(session.model, tokenizer)
-    return session.feed(ids).index_fill(0, banned, -torch.inf)
+    return session.feed([ids])[0].index_fill(0, banned, -torch.inf)
 
 
 def greedy_by_hand(model: Decoder, tokenizer: Tokenizer, device: Device, ids: list[int]) -> str:
@@ -105,7 +105,7 @@ def test_logits_are_those_of_a_full_forward(random_model: Random, device: Device
     session, ids = Session(model, device), LETTERS.encode("Ships sail on, and gulls cry")
     with torch.no_grad():
         for end in (5, 6, 7, 20, 28):
-            got = session.feed(ids[len(session.ids) : end])
+            got = session.feed([ids[len(session.ids[0]) : end]])[0]
             torch.testing.assert_close(got, model(torch.tensor([ids[:end]]))[0, -1], atol=1e-4, rtol=1e-4)
 
 
@@ -114,7 +114,7 @@ def test_half_precision_stays_near(random_model: Random, device: Device) -> None
     model, ids = random_model(64), LETTERS.encode("Ships sail on")
     exact, near = (Session(model, place) for place in (device, half))
     for id in ids:
-        expected, got = exact.feed([id]), near.feed([id])
+        expected, got = exact.feed([[id]]), near.feed([[id]])
         assert got.dtype == torch.float32
         assert (got - expected).norm() < 0.1 * expected.norm()
 
@@ -131,7 +131,7 @@ def test_text_goes_on_past_the_context(random_model: Random, device: Device, fam
         window = [*window, id] if len(window) < 16 else ids[place - 7 : place + 1]
         with torch.no_grad():
             expected = model(torch.tensor([window]))[0, -1]
-        torch.testing.assert_close(session.feed([id]), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(session.feed([[id]])[0], expected, atol=1e-4, rtol=1e-4)
     pieces = list(generate(model, LETTERS, device, "ab", settings(temperature=1, max_tokens=100), 5))
     assert pieces[-1].tokens == 100 or pieces[-1].stopped_by == "end of text"
 
@@ -141,7 +141,7 @@ def test_a_prompt_longer_than_the_context(random_model: Random, device: Device, 
     model, ids = random_model(64, context=16), torch.randint(3, 60, (length,)).tolist()
     with torch.no_grad():
         expected = model(torch.tensor([ids if length <= 16 else ids[-8:]]))[0, -1]
-    torch.testing.assert_close(Session(model, device).feed(ids), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(Session(model, device).feed([ids])[0], expected, atol=1e-4, rtol=1e-4)
     prompt = LETTERS.decode(ids)
     assert list(generate(model, LETTERS, device, prompt, GREEDY, 0))[-1].tokens > 0
 
@@ -157,19 +157,33 @@ def test_the_smallest_context(random_model: Random, device: Device) -> None:
 def test_a_seed_gives_its_text_again(random_model: Random, device: Device) -> None:
     model = random_model(64)
 
-    def text(seed: int, index: int, noise: int) -> str:
+    def texts(seed: int, noise: int) -> list[str]:
         torch.manual_seed(noise)
-        return text_of(list(generate(model, LETTERS, device, "O", settings(temperature=1), seed, index)))
+        pieces = list(generate(model, LETTERS, device, "O", settings(temperature=1, num_samples=4), seed))
+        return [text_of([piece for piece in pieces if piece.sample == index]) for index in range(4)]
 
-    assert text(1, 0, 0) == text(1, 0, 99)
-    assert len({text(1, 0, 0), text(1, 1, 0), text(2, 5, 0)}) == 3
-    assert text(2**63 - 1, 3, 0) == text(2**63 - 1, 3, 1), "the largest seed has further samples too"
+    assert texts(1, 0) == texts(1, 99)
+    assert len({*texts(1, 0), *texts(11, 0)}) == 8
+    assert texts(2**63 - 1, 0) == texts(2**63 - 1, 1), "the largest seed has further samples too"
 
 
 def test_generating_leaves_the_global_generator_alone(random_model: Random, device: Device) -> None:
     model, before = random_model(64), torch.get_rng_state()
     list(generate(model, LETTERS, device, "O", settings(temperature=1), 1))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_texts_drawn_together_are_those_drawn_alone(random_model: Random, device: Device) -> None:
+    """More than are drawn at once, of which some end early; each has the seed of its number."""
+    model, many = random_model(64), settings(temperature=1, num_samples=TOGETHER + 3, stop=("a",))
+    pieces = list(generate(model, LETTERS, device, "Once", many, 7))
+    last = {piece.sample: piece for piece in pieces if piece.done}
+    assert sorted(last) == list(range(TOGETHER + 3)) and len([piece for piece in pieces if piece.done]) == len(last)
+    assert len({piece.tokens for piece in last.values()}) > 3
+    for index, piece in last.items():
+        alone = list(generate(model, LETTERS, device, "Once", many.model_copy(update={"num_samples": 1}), 7 + index))
+        assert text_of(alone) == text_of([piece for piece in pieces if piece.sample == index])
+        assert (alone[-1].tokens, alone[-1].stopped_by) == (piece.tokens, piece.stopped_by)
 
 
 # --- where it ends ---------------------------------------------------------------------------------------------------
@@ -278,7 +292,7 @@ def test_the_pieces_together_are_the_decoded_tokens(random_model: Random, device
         generator, session, ids, last = torch.Generator().manual_seed(seed), Session(model, device), [], tokenizer.eos
         while len(ids) < 150:
             logits = logits_for_text(session, tokenizer, [last])
-            last = sample(logits, torch.tensor(session.ids), hot, generator)
+            last = sample(logits, session.ids[0], hot, generator)
             if last == tokenizer.eos:
                 break
             ids.append(last)
@@ -303,7 +317,7 @@ def test_banned_ids_never_come_out(device: Device) -> None:
     for piece in generate(model, tokenizer, device, "", hot, 3):
         made += tokenizer.encode(piece.text)
     assert not set(made) & set(banned)
-    assert int(session.feed([tokenizer.eos]).argmax()) in banned, "it would, if it were let"
+    assert int(session.feed([[tokenizer.eos]]).argmax()) in banned, "it would, if it were let"
 
 
 def test_a_special_tokens_name_in_a_prompt_is_text(random_model: Random, device: Device) -> None:

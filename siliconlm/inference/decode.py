@@ -1,0 +1,131 @@
+"""The decoder for one new token a sequence, in few operators: weights are folded together once, beforehand.
+
+At a million parameters starting an operator takes longer than its arithmetic. So a norm's weight goes into the matrix
+that follows, projections that read the same input are one, and QK-norm's weights go into the rotary tables. The
+numbers are the decoder's but for rounding.
+
+Letters as in decoder.py; N is all heads that are rotated (queries and keys), P the outputs of a joined matmul.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siliconlm.config import ModelConfig
+from siliconlm.model.decoder import Attention, Block, Cache, Decoder, SwiGLU
+
+LARGEST = 1 << 30  # bytes of weights; beyond, starting operators is nothing, and the copies are much
+
+
+def can_fold(config: ModelConfig, parameters: int) -> bool:
+    """Whether a model has the features of this file (Qwen3's and Llama's), and is small enough to gain by it."""
+    features = config.norm == "rmsnorm" and config.position == "rope" and config.mlp == "swiglu" and not config.bias
+    return features and 4 * parameters <= LARGEST
+
+
+class Folded(NamedTuple):
+    """A block's weights, joined."""
+
+    qkv_PC: Tensor
+    cos_TND: Tensor
+    sin_TND: Tensor
+    o_CP: Tensor
+    gate_up_PC: Tensor
+    down_CF: Tensor
+    keys: Tensor  # the cache's, by sequence and key head: [B * K, context, D]
+    values: Tensor
+
+
+class OneToken:
+    """Token ids [B] -> logits [B, V] that follow them; writes to and reads from a decoder's cache."""
+
+    @torch.no_grad()
+    def __init__(self, model: Decoder, cache: Cache) -> None:
+        config, dtype = model.config, cache.keys[0].dtype
+        self.config, self.cache = config, cache
+        self.embedding_VC = model.model.embed_tokens.weight
+        self.head_VC = (model.lm_head.weight * _scale(model.model.norm.weight)).to(dtype)  # type: ignore[arg-type]
+        self.floor_C, self.floor_D = (
+            torch.tensor(math.sqrt(config.norm_eps * width), device=self.head_VC.device)
+            for width in (config.n_embd, config.head_dim)
+        )
+        assert model.model.rotary is not None
+        rotary = model.model.rotary(0, config.context)
+        self.blocks = [
+            _fold(block, rotary, keys, values)  # type: ignore[arg-type]  # ModuleList is not generic
+            for block, keys, values in zip(model.model.layers, cache.keys, cache.values, strict=True)
+        ]
+
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        """To be called under inference mode, and the device's autocast."""
+        config, place, batch = self.config, self.cache.length, ids_B.size(0)
+        queries, rotated = config.n_head, config.n_head + config.n_kv_head
+        x_BC = self.embedding_VC[ids_B]
+        for block in self.blocks:
+            heads_BHD = F.linear(self.normed(x_BC), block.qkv_PC).view(batch, -1, config.head_dim)
+            qk_BND = heads_BHD[:, :rotated]
+            if config.qk_norm:
+                qk_BND = qk_BND / torch.hypot(_length(qk_BND), self.floor_D)
+            turned_BND = qk_BND.roll(config.head_dim // 2, -1)
+            qk_BND = torch.addcmul(qk_BND * block.cos_TND[place], turned_BND, block.sin_TND[place])
+            block.keys[:, place] = qk_BND[:, queries:].reshape(-1, config.head_dim)
+            block.values[:, place] = heads_BHD[:, rotated:].reshape(-1, config.head_dim)
+            q = qk_BND[:, :queries].reshape(block.keys.size(0), -1, config.head_dim)
+            scores = torch.bmm(q, block.keys[:, : place + 1].mT)
+            y = torch.bmm(torch.softmax(scores, -1), block.values[:, : place + 1])
+            x_BC = x_BC + F.linear(y.view(batch, -1), block.o_CP)
+            gate_BF, up_BF = F.linear(self.normed(x_BC), block.gate_up_PC).chunk(2, dim=-1)
+            x_BC = x_BC + F.linear(F.silu(gate_BF) * up_BF, block.down_CF)
+        self.cache.length += 1
+        return F.linear(self.normed(x_BC), self.head_VC)
+
+    def normed(self, x_BC: Tensor) -> Tensor:
+        """x / sqrt(sum of squares + width * epsilon): RMSNorm but for the factors that are in the next matrix."""
+        return x_BC / torch.hypot(_length(x_BC), self.floor_C)
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def _scale(weight: Tensor) -> Tensor:
+    return weight * math.sqrt(len(weight))
+
+
+def _fold(block: Block, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Folded:
+    attention, mlp, dtype = block.self_attn, block.mlp, keys.dtype
+    assert isinstance(attention, Attention) and isinstance(mlp, SwiGLU)
+    qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    cos_TND, sin_TND = _tables(attention, rotary)
+    return Folded(
+        (qkv * _scale(block.input_layernorm.weight)).to(dtype),  # type: ignore[arg-type]
+        cos_TND,
+        sin_TND,
+        attention.o_proj.weight.to(dtype),
+        (gate_up * _scale(block.post_attention_layernorm.weight)).to(dtype),  # type: ignore[arg-type]
+        mlp.down_proj.weight.to(dtype),
+        keys.flatten(0, 1),
+        values.flatten(0, 1),
+    )
+
+
+def _tables(attention: Attention, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines times QK-norm's weights and, for queries, attention's 1 / sqrt(D).
+
+    The half that rotation moves takes its weight and its sign with it, so turning is a roll.
+    """
+    config, (cos_T1D, sin_T1D) = attention.config, rotary
+    counts = (config.n_head, config.n_kv_head)
+    one = torch.ones(config.head_dim, device=cos_T1D.device)
+    scales = [_scale(attention.q_norm.weight), _scale(attention.k_norm.weight)] if config.qk_norm else [one, one]
+    scales[0] = scales[0] / math.sqrt(config.head_dim)
+    weight_ND = torch.cat([scale.expand(count, -1) for scale, count in zip(scales, counts, strict=True)])
+    half = config.head_dim // 2
+    sign_D = torch.cat((-one[:half], one[half:]))
+    return cos_T1D * weight_ND, sin_T1D * sign_D * weight_ND.roll(half, -1)
