@@ -32,6 +32,7 @@ from siliconlm.hardware.facts import chip, memory, parse_peak_resident, read, us
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST_TENSOR = 1 << 32  # bytes; a bigger one can abort the whole process on an Apple GPU (pytorch#149325)
+FEW_BYTES = 64 << 20  # decoding 1 to 40 M parameters was as fast by one thread as by two
 OUT_OF_MEMORY_WORDS = ("out of memory", "invalid buffer size", "can't allocate memory", "failed to allocate")
 
 
@@ -125,6 +126,17 @@ class Device:
         """
         keep = _keep_mps_generator if self.kind == "mps" else noop_context_fn
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=keep)
+
+    @contextmanager
+    def few_threads(self, size: int) -> Iterator[None]:
+        """One thread for work on `size` bytes, if they are few: more do not make that faster, but they wait for each
+        other where another program holds a core."""
+        few = self.kind == "cpu" and size < FEW_BYTES
+        torch.set_num_threads(1 if few else self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self.threads)
 
     def orthogonalising_dtype(self) -> torch.dtype:
         """Muon's Newton-Schulz iteration needs few digits; only CUDA computes them faster than float32."""

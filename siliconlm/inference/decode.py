@@ -22,10 +22,10 @@ from siliconlm.model.decoder import Attention, Block, Cache, Decoder, SwiGLU
 LARGEST = 1 << 30  # bytes of weights; beyond, starting operators is nothing, and the copies are much
 
 
-def can_fold(config: ModelConfig, parameters: int) -> bool:
-    """Whether a model has the features of this file (Qwen3's and Llama's), and is small enough to gain by it."""
+def can_fold(config: ModelConfig, size: int) -> bool:
+    """Whether a model of `size` bytes has the features of this file (Qwen3's and Llama's) and is small enough to gain."""
     features = config.norm == "rmsnorm" and config.position == "rope" and config.mlp == "swiglu" and not config.bias
-    return features and 4 * parameters <= LARGEST
+    return features and size <= LARGEST
 
 
 class Folded(NamedTuple):

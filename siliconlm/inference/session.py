@@ -27,7 +27,8 @@ class Session:
         self.model = model
         self.device = device
         self.cache = Cache(model.config, batch, device.torch_device, device.dtype)
-        self.one_token = OneToken(model, self.cache) if can_fold(model.config, model.count_parameters()) else None
+        self.size = sum(weight.nbytes for weight in model.parameters())
+        self.one_token = OneToken(model, self.cache) if can_fold(model.config, self.size) else None
         self.ids: list[list[int]] = [[] for _ in range(batch)]
 
     @torch.inference_mode()
@@ -44,7 +45,8 @@ class Session:
         ids_BT = torch.tensor(ids, device=self.device.torch_device)
         with self.device.autocast():
             if self.one_token and ids_BT.size(1) == 1:
-                logits_BV = self.one_token(ids_BT[:, 0])
+                with self.device.few_threads(self.size):
+                    logits_BV = self.one_token(ids_BT[:, 0])
             else:
                 logits_BV = self.model.lm_head(self.model.model(ids_BT, self.cache)[:, -1])
         return logits_BV.float().cpu()

@@ -84,4 +84,4 @@ def test_which_models_have_it() -> None:
     assert not can_fold(
         ModelConfig(**SIZES, **{**HEADS["as many as queries"], "head_dim": 16}, **FEATURES["gpt2"]), 1000
     )
-    assert not can_fold(made().config, LARGEST // 4 + 1)
+    assert not can_fold(made().config, LARGEST + 1)
