@@ -26,7 +26,7 @@ from siliconlm.data.sources import BUILTIN
 from siliconlm.data.tokenizer import Tokenizer, byte_tokenizer
 from siliconlm.errors import SiliconError
 from siliconlm.events import Chosen, Event, Foreseen, Notice, Resumed, Saved, Started, Tested, Working
-from siliconlm.hardware.device import Device, is_out_of_memory, open_device, plain_words
+from siliconlm.hardware.device import Device, is_out_of_memory, lacks_compiler, open_device, plain_words
 from siliconlm.hardware.facts import disk_free, processor_share
 from siliconlm.hardware.watch import Awake, Watch, read
 from siliconlm.inference.session import check_prompt, generate
@@ -50,11 +50,11 @@ from siliconlm.training.loop import evaluate, evaluation_batch, evaluation_secon
 from siliconlm.training.schedule import Budget
 from siliconlm.training.state import TrainState, other_data
 from siliconlm.tuning import planner, profiles, selftest_child
-from siliconlm.tuning.choose import PROFILE_SECONDS, make_profile, searching, settle
+from siliconlm.tuning.choose import FAILURES, PROFILE_SECONDS, make_profile, searching, settle, untrainable
 from siliconlm.tuning.memory import forecast_process
 from siliconlm.tuning.search import largest
 from siliconlm.tuning.selftest import INSTEAD
-from siliconlm.tuning.verdicts import gated, open_sound, remembering, tested
+from siliconlm.tuning.verdicts import features_of, gated, open_sound, remembering, tested, within
 
 DEFAULT_PRESET = "tiny"
 TOO_MUCH = "Train under another --name with a smaller --set machine.micro_batch=... or --preset; checkpoints are whole."
@@ -184,6 +184,10 @@ def _measured(config: RunConfig, device: Device, seconds: float) -> Generator[Ev
 def _fill_machine(config: RunConfig, device: Device, told: Sequence[Chosen] = ()) -> Generator[Event, None, RunConfig]:
     """Put the resolved device, dtype, threads and a micro-batch into the config, so that run.toml says what ran."""
     config = yield from gated(config, device)
+    if config.machine.compile and lacks_compiler(device):
+        where = config.sources.get("machine.compile", "")
+        fix = "Install one (g++ or clang++), or leave machine.compile off."
+        raise SiliconError("machine.compile needs a C++ compiler, and there is none", where=where, fix=fix)
     values: dict[str, Any] = {"machine.device": device.kind, "machine.dtype": device.dtype_name}
     values["machine.threads"] = device.threads
     most, fault = device.largest_micro_batch(config.model, config.machine)
@@ -212,6 +216,17 @@ def _unset(config: RunConfig, name: str) -> bool:
     return getattr(config.machine, name.removeprefix("machine.")) in (None, "auto", 0)
 
 
+def device_choices(machine: MachineConfig) -> list[Chosen]:
+    """The device and dtype a run would take, with the reasons; what a self-test found broken is passed over."""
+    opening = open_sound(machine)
+    while True:
+        try:
+            next(opening)
+        except StopIteration as stop:
+            opened: Device = stop.value
+            return opened.choices
+
+
 # --- self-test -------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +249,8 @@ def probe_batch(request: Request, seconds: float = PROFILE_SECONDS) -> Iterator[
     deadline = time.monotonic() + seconds
     search = yield from searching(settle(config, device), device, deadline)
     yield from search.run(largest)
+    if not search.fitting and search.rows and search.rows[-1].verdict in FAILURES:
+        raise untrainable(search.rows[-1], device)
     if not search.fitting:
         raise SiliconError(
             f"not even a micro-batch of 1 trains here: {search.limit}",
@@ -298,6 +315,9 @@ def _shape(request: Request) -> Generator[Event, None, tuple[RunConfig, Device]]
         if not config.model.vocab_size:
             config = config.replace("byte tokenizer", **{"model.vocab_size": padded_vocabulary(byte_tokenizer())})
             yield Notice("nothing is prepared yet: measuring with the byte tokenizer's vocabulary")
+    if config.machine.micro_batch:
+        where, fix = config.sources["machine.micro_batch"], "Leave it out: it is what is measured."
+        raise SiliconError(f"machine.micro_batch = {config.machine.micro_batch}", where=where, fix=fix)
     device = yield from open_sound(config.machine)
     device.check_model(config.model)
     return config, device
@@ -325,9 +345,6 @@ def _shaped(request: Request, dataset: Dataset) -> Generator[Event, None, tuple[
     named = request.preset is not None or any(name.startswith("model.") for name in given)
     if named or not _seconds_of(resolve_request(request, None)):
         return request, 0.0
-    if "machine.micro_batch" in given:
-        fix = "Say which model with --preset, or leave the micro-batch (--profile, --set) out."
-        raise SiliconError("a plan chooses the micro-batch itself", fix=fix)
     return (yield from _planned(request, dataset))
 
 
@@ -336,13 +353,16 @@ def _planned(
 ) -> Generator[Event, None, tuple[Request, float]]:
     """The request with the plan's shape in it, and the tokens/s that were measured for it."""
     asked = resolve_request(request, dataset)
+    if asked.machine.micro_batch:
+        fix = "Say which model with --preset, or leave the micro-batch (--profile, --set) out."
+        raise SiliconError("a plan chooses the micro-batch itself", fix=fix)
     seconds = _seconds_of(asked)
     device = yield from open_sound(asked.machine)
     card = dataset.card["splits"]["val"]
     task = planner.Task(seconds, dataset.train.count, card["tokens"], dataset.val_bytes / card["tokens"])
 
     def configure(rung: planner.Rung, per_step: int) -> RunConfig:
-        return resolve_request(replace(request, shape=rung.layer(per_step)), dataset)
+        return within(resolve_request(replace(request, shape=rung.layer(per_step)), dataset), device)
 
     best, rung = yield from planner.plan(device, task, configure, refresh)
     values = dict(rung.layer(best.tokens_per_step).values)
@@ -494,6 +514,8 @@ def resume(
         config = config.replace("--device", **{"machine.device": device, "machine.dtype": "auto"})
         yield Notice(f"going on with {device}: the result will not be the same to the bit", "warning")
         config = yield from _moved(config)
+    else:  # the folder may have come from another machine, or a self-test may have found something since
+        config = yield from _without_choices(_moved(config))
     if on_battery:
         config = config.replace("--on-battery", **{"machine.on_battery": on_battery})
     with run.lock():
@@ -510,8 +532,18 @@ def resume(
             yield from _logged(run, _run(run, config, dataset, stop, checkpoint, extend=extend))
 
 
+def _without_choices(work: Generator[Event, None, T]) -> Generator[Event, None, T]:
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as stop:
+            return stop.value
+        if not isinstance(event, Chosen):
+            yield event
+
+
 def _moved(config: RunConfig) -> Generator[Event, None, RunConfig]:
-    """The config of a run that goes on with another device, within what that device can do."""
+    """The config of a run that goes on, maybe on another device, within what the device can do."""
     place = yield from open_sound(config.machine)
     place.check_model(config.model)
     most, _ = place.largest_micro_batch(config.model, config.machine)
@@ -682,7 +714,7 @@ def sample(
     """Continue a prompt with a trained model; streams pieces of text."""
     opened = yield from open_model(name, step)
     check_prompt(opened.tokenizer, prompt)
-    place = yield from open_sound(_machine(device), "cached_decoding")
+    place = yield from open_sound(_machine(device), "cached_decoding", *features_of(opened.model.config))
     seed = settings.seed if settings.seed is not None else secrets.randbits(32)
     with _telling_out_of_memory(NO_ROOM):
         opened.model.to(place.torch_device)
@@ -700,7 +732,7 @@ def validate(
         dataset = _dataset_of(*opened.run.config())
     else:
         raise SiliconError("a model folder has no dataset of its own", fix="Type --data NAME.", kind="missing_input")
-    place = yield from open_sound(_machine(device))
+    place = yield from open_sound(_machine(device), *features_of(opened.model.config))
     with dataset, _telling_out_of_memory(NO_ROOM):
         dataset.val.verify()
         if dataset.tokenizer.sha256 != opened.tokenizer.sha256:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 class SiliconError(Exception):
     """Says what is wrong, where, and what to type. The command line prints it and exits 1.
 
-    `kind` is a word for programs: bad_setting, bad_environment, missing_input, bad_data, no_device, out_of_memory,
-    cannot_create, io_error, run_in_use, training_failed, usage.
+    `kind` is a word for programs: bad_setting, bad_environment, missing_input, bad_data, no_device, wrong_results,
+    out_of_memory, cannot_create, io_error, run_in_use, training_failed, usage.
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "", kind: str = "bad_setting") -> None:

@@ -16,8 +16,9 @@ from siliconlm.cli import options
 from siliconlm.errors import SiliconError, from_os_error
 
 if TYPE_CHECKING:
-    from siliconlm.config import Layer
+    from siliconlm.config import Layer, MachineConfig
     from siliconlm.engine import Request
+    from siliconlm.events import Chosen
 
 app = typer.Typer(
     name="silicon",
@@ -106,7 +107,12 @@ def doctor(
     from siliconlm.cli import render
     from siliconlm.hardware.diagnosis import diagnose
 
-    diagnosis = diagnose(device)
+    def choose(machine: MachineConfig) -> list[Chosen]:
+        from siliconlm import engine  # torch, which the doctor must do without where it is broken
+
+        return engine.device_choices(machine)
+
+    diagnosis = diagnose(choose, device)
     if self_test and diagnosis.torch.version:
         from siliconlm import engine
 

@@ -351,13 +351,16 @@ def other_dtypes(device: Device) -> Iterator[tuple[str, str]]:
         yield "float32", ""
 
 
+def lacks_compiler(device: Device) -> bool:
+    """Whether torch.compile has nothing to work with here."""
+    return device.kind == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
 def can_compile(device: Device) -> str:
-    """Why torch.compile has nothing to work with here; "" where it has."""
-    if device.kind == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return "there is no C++ compiler"
+    """Why compiling is not worth a try here; "" where it is."""
     if device.kind == "mps":
         return "torch.compile is a prototype on Apple GPUs (pytorch#150121)"
-    return ""
+    return "there is no C++ compiler" if lacks_compiler(device) else ""
 
 
 def _keep_mps_generator() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -23,7 +23,7 @@ LARGEST = 1 << 30  # bytes of weights; beyond, starting operators is nothing, an
 
 
 def can_fold(config: ModelConfig, size: int) -> bool:
-    """Whether a model of `size` bytes has the features of this file (Qwen3's and Llama's) and is small enough to gain."""
+    """Whether a model of `size` bytes is small enough to gain, and has Qwen3's or Llama's features."""
     features = config.norm == "rmsnorm" and config.position == "rope" and config.mlp == "swiglu" and not config.bias
     return features and size <= LARGEST
 

@@ -137,7 +137,7 @@ def evaluate(
     # Each document begins with an end-of-text token, which is no text.
     text_bytes = dataset.val_bytes * text_tokens / (split["tokens"] - split["documents"])
     bpb = text_nats / math.log(2) / max(1.0, text_bytes)
-    return Evaluated(step, nats / tokens, bpb, tokens, wanted == windows, round(time.perf_counter() - start, 3))
+    return Evaluated(step, nats / tokens, bpb, tokens, wanted == windows, round(time.perf_counter() - start, 6))
 
 
 def evaluation_batch(context: int, micro_batch: int | None = None) -> int:
@@ -152,7 +152,11 @@ def evaluation_seconds(config: RunConfig, val_tokens: int, budget: Budget, token
     if budget.steps is not None:
         count = budget.steps // train.eval_every if train.eval_every else evaluations(train, budget, rate)
         return count * one + last
-    return evaluations(train, budget, rate) * one + min(last, FINAL_EVALUATION_SHARE * budget.span)
+    last = min(last, FINAL_EVALUATION_SHARE * budget.span)
+    if train.eval_every:
+        training = train.eval_every * train.tokens_per_step / tokens_per_s
+        return (budget.span - last) * one / (one + training) + last
+    return evaluations(train, budget, rate) * one + last
 
 
 def evaluations(train: TrainConfig, budget: Budget, rate: float) -> int:

@@ -107,7 +107,7 @@ def _random_sequences(config: RunConfig, count: int) -> Tokens:
     return np.random.default_rng(config.train.seed).integers(0, config.model.vocab_size, shape)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """The parent holds the other end of stdin as long as it lives.
 
     Not sys.stdin.read(): an interpreter that ends while a thread waits in there is aborted.
@@ -119,7 +119,7 @@ def _die_with_parent() -> None:
 
 def main() -> None:
     request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     config = resolve(Layer("probe", flatten(request["config"], "probe")))
     try:
         for answer in measure(config, request["fraction"], request["budget"], request["seconds"]):

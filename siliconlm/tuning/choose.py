@@ -18,10 +18,9 @@ from siliconlm.events import Chosen, Event, Notice, Probed
 from siliconlm.hardware.device import Device, can_compile, open_device, other_dtypes
 from siliconlm.tuning.probe import probe
 from siliconlm.tuning.profiles import Profile, fingerprint
-from siliconlm.tuning.search import ENOUGH, Search, fastest, forecast_sizes
+from siliconlm.tuning.search import COMPILE_SECONDS, ENOUGH, Search, fastest, forecast_sizes
 
 PROFILE_SECONDS = 60.0
-COMPILE_SECONDS = 30.0  # to compile the blocks, on a laptop; a profile with less time left does not try
 SUSTAINED_SECONDS = 6.0  # the chosen setting is measured for so long, to see what is left when the machine is warm
 RECOMPUTING = 0.75  # checkpointing does about a third more work, so a larger micro-batch must gain more than that
 SMALLEST_CONTEXT = 64
@@ -110,8 +109,8 @@ def make_profile(
     yield from _compile(tuning)
     if tuning.search is not plain and tuning.search.seconds_left > tuning.search.child_seconds(tuning.best.micro_batch):
         yield from _once_more(tuning)
-    tuning.choices.insert(0, _batch_choice(tuning))
     sustained = yield from _sustained(tuning)
+    tuning.choices.insert(0, _batch_choice(tuning))
     yield from tuning.choices
     names = ("micro_batch", "dtype", "checkpointing", "chunked_loss", "compile", "threads")
     machine = tuning.search.config.machine
@@ -158,12 +157,10 @@ def _start(config: RunConfig, device: Device, deadline: float) -> Generator[Even
                 for name in changes:
                     tuning.choose(name, True, "without it not one sequence fits")
                 return tuning
-            if rows[-1].verdict in ("failed", "stopped"):
+            if rows[-1].verdict in FAILURES:
                 break  # less memory would not help
-        if rows[-1].verdict in ("failed", "stopped"):
-            what = f"a training step of one sequence of {context} tokens {FAILURES[rows[-1].verdict]}"
-            fix = "Type silicon doctor --self-test" + ("." if device.resident else ", or choose --device cpu.")
-            raise SiliconError(f"{what}: {rows[-1].reason}", fix=fix, kind="training_failed")
+        if rows[-1].verdict in FAILURES:
+            raise untrainable(rows[-1], device)
         by_hand = _by_hand(config, "model.context")
         if by_hand or context % 2 or context // 2 < SMALLEST_CONTEXT:
             smaller = "Choose a smaller --set model.context=... or" if by_hand else "Choose a smaller"
@@ -174,6 +171,13 @@ def _start(config: RunConfig, device: Device, deadline: float) -> Generator[Even
             )
         yield Notice(f"one sequence of {context} tokens does not fit; trying {context // 2}", "warning")
         context //= 2
+
+
+def untrainable(row: Probed, device: Device) -> SiliconError:
+    """What to say of a first probe that failed for another reason than memory."""
+    what = f"a training step of one sequence of {row.context} tokens {FAILURES[row.verdict]}"
+    fix = "Type silicon doctor --self-test" + ("." if device.resident else ", or choose --device cpu.")
+    return SiliconError(f"{what}: {row.reason}", fix=fix, kind="training_failed")
 
 
 def _savers(config: RunConfig, device: Device) -> list[dict[str, bool]]:
@@ -278,9 +282,7 @@ def _checkpointed(tuning: Tuning) -> Iterator[Event]:
 def _compile(tuning: Tuning) -> Iterator[Event]:
     if tuning.search.config.machine.compile or tuning.fixed("machine.compile"):
         return
-    device = tuning.search.device
-    against = device.faults.get("compile") or can_compile(device)
-    if against:
+    if against := can_compile(tuning.search.device):
         tuning.choose("machine.compile", False, against)
     else:
         yield from tuning.compare("machine.compile", True, extra=COMPILE_SECONDS)
@@ -290,6 +292,7 @@ def _once_more(tuning: Tuning) -> Iterator[Event]:
     """Another precision or loss moves the best micro-batch: look again from the one that is known."""
     search = yield from searching(tuning.search.config, tuning.search.device, tuning.deadline)
     search.rows = [row for row in tuning.search.rows if row.verdict == "fits"]
+    search.budget = tuning.search.budget  # that they were held against
     for row in search.run(fastest):
         tuning.rows.append(row)
         yield row
@@ -297,20 +300,32 @@ def _once_more(tuning: Tuning) -> Iterator[Event]:
 
 
 def _sustained(tuning: Tuning) -> Generator[Event, None, Probed | None]:
-    """The chosen setting for longer: laptops start quick and slow down as they warm."""
-    search, micro = tuning.search, tuning.best.micro_batch
-    if search.seconds_left < search.child_seconds(micro) + SUSTAINED_SECONDS:
-        return None
-    config = search.config.replace("profile", **{"machine.micro_batch": micro})
-    limit, needed = search.patience(micro, SUSTAINED_SECONDS), search.predicted(micro)
-    row = probe(config, search.device, search.budget, limit, needed, measure=SUSTAINED_SECONDS)
-    row = replace(row, variant=", ".join(word for word in (row.variant, f"{SUSTAINED_SECONDS:.0f} s") if word))
-    tuning.rows.append(row)
-    yield row
-    if row.verdict != "fits":
-        return None
-    yield Notice(f"sustained {row.tokens_per_s:,.0f} tokens/s over {SUSTAINED_SECONDS:.0f} s; burst {row.burst:,.0f}")
-    return row
+    """The chosen setting for longer: laptops start quick and slow down as they warm.
+
+    One that fails twice gives way to the next smaller micro-batch.
+    """
+    search, failures = tuning.search, 0
+    while True:
+        micro = tuning.best.micro_batch
+        if search.seconds_left < search.child_seconds(micro) + SUSTAINED_SECONDS:
+            return None
+        config = search.config.replace("profile", **{"machine.micro_batch": micro})
+        limit, needed = search.patience(micro, SUSTAINED_SECONDS), search.predicted(micro)
+        row = probe(config, search.device, search.budget, limit, needed, measure=SUSTAINED_SECONDS)
+        row = replace(row, variant=", ".join(word for word in (row.variant, f"{SUSTAINED_SECONDS:.0f} s") if word))
+        tuning.rows.append(row)
+        yield row
+        if row.verdict == "fits":
+            told = f"sustained {row.tokens_per_s:,.0f} tokens/s over {SUSTAINED_SECONDS:.0f} s; burst {row.burst:,.0f}"
+            yield Notice(told)
+            return row
+        failures += 1
+        if failures % 2 == 0:
+            smaller = [other for other in search.fitting if other.micro_batch < micro]
+            if not smaller:
+                raise untrainable(replace(row, verdict="failed"), search.device)
+            tuning.best = smaller[-1]
+            yield Notice(f"micro-batch {micro} did not hold ({row.reason}): {tuning.best.micro_batch}", "warning")
 
 
 def _batch_choice(tuning: Tuning) -> Chosen:

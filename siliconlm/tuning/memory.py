@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import Counter
@@ -42,7 +43,7 @@ from siliconlm.model.decoder import Decoder
 from siliconlm.training import optim
 from siliconlm.training.loop import accumulate, evaluation_batch, update
 from siliconlm.training.state import TrainState
-from siliconlm.tuning.child import evaluate_once
+from siliconlm.tuning.child import die_with_parent, evaluate_once
 from siliconlm.tuning.probe import child_environment, for_child
 
 aten = torch.ops.aten
@@ -98,13 +99,14 @@ def forecasts(configs: list[RunConfig], device: Device, seconds: float = 60.0) -
     with ExitStack() as processes:
         begun: list[subprocess.Popen[bytes]] = []
         for config in configs:
-            child = subprocess.Popen(CHILD, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+            child = subprocess.Popen(CHILD, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
             processes.enter_context(child)
             processes.callback(child.kill)
             assert child.stdin is not None
             with suppress(BrokenPipeError):  # it has died already, and what it left says why
-                child.stdin.write(json.dumps(for_child(config, device)).encode())
-                child.stdin.close()
+                child.stdin.write(json.dumps(for_child(config, device)).encode() + b"\n")
+            # It stays open: by its end the child knows that this process has died. `communicate` would close it.
+            processes.callback(child.stdin.close)
             child.stdin = None
             begun.append(child)
         return [_result(child, deadline) for child in begun]
@@ -122,8 +124,10 @@ def _result(child: subprocess.Popen[bytes], deadline: float) -> Forecast:
 
 
 def main() -> None:
-    """The fresh process: settings on stdin, a Forecast on stdout, both as JSON."""
-    config = resolve(Layer("forecast", flatten(json.load(sys.stdin), "forecast")))
+    """The fresh process: settings in a line on stdin, a Forecast on stdout, both as JSON. Dies with its parent."""
+    tables = json.loads(sys.stdin.readline())
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    config = resolve(Layer("forecast", flatten(tables, "forecast")))
     device = open_device(config.machine)
     if device.resident:
         base = _base(config, device)
@@ -141,7 +145,7 @@ def _base(config: RunConfig, device: Device) -> int:
     small = config.model_copy(
         update={
             "model": config.model.model_copy(update={**shape, "vocab_size": 64}),
-            "machine": config.machine.model_copy(update={"micro_batch": 1}),
+            "machine": config.machine.model_copy(update={"micro_batch": 1, "compile": False}),
         }
     )
     state = TrainState.new(small, device)

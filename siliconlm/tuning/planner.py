@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli_w
 
-from siliconlm.config import Layer, RunConfig, read_toml
+from siliconlm.config import Layer, ModelConfig, RunConfig, read_toml
 from siliconlm.errors import SiliconError
 from siliconlm.events import Event, Notice, Planned
 from siliconlm.files import home, write_file
@@ -70,6 +70,8 @@ LADDER = (
     Rung(14, 640, 10, 5, 64, 1728, 1024),
     Rung(16, 768, 12, 4, 64, 2048, 1024),
 )
+
+BEGIN_AT = [rung.name for rung in LADDER].index(BEGIN_WITH)
 
 
 def step_tokens(rung: Rung, tokens: float) -> int:
@@ -144,9 +146,10 @@ def plan(
     The rungs that matter are measured, each once on a machine (`refresh` measures again); the speed of the others
     lies between. SiliconError when nothing fits.
     """
-    known = {} if refresh else read_speeds(device, configure)
     budget = device.memory_budget()
     usable = ladder(configure)
+    file = speeds_file(device, configure(usable[0], max(SMALLEST_STEP, usable[0].context)))
+    known = {} if refresh else read_speeds(file)
     seconds = min(PROBE_SECONDS, max(SHORTEST_LIMIT, task.seconds))
     measured = 0
     while True:
@@ -169,7 +172,7 @@ def plan(
             continue
         per_token = tried.forward_seconds / (tried.micro_batch * tried.context)
         known[wanted.name] = Speed(per_token, tried.update_seconds, tried.memory)
-        keep_speeds(device, configure, known)
+        keep_speeds(file, device, known)
     if not fitting:
         raise _nothing_trains("too big", f"the memory budget is {budget / 1e9:.1f} GB")
     best = min(fitting, key=lambda row: row.val_loss)
@@ -179,19 +182,19 @@ def plan(
 
 
 def ladder(configure: Configure) -> list[Rung]:
-    """The rungs that go together with what is set by hand. SiliconError when none does."""
-    usable: list[Rung] = []
+    """The rungs that go together with what is set by hand, each model once. SiliconError when none does."""
+    usable: dict[ModelConfig, Rung] = {}
     refused: SiliconError | None = None
     for rung in LADDER:
         try:
-            configure(rung, max(SMALLEST_STEP, rung.context))
+            config = configure(rung, max(SMALLEST_STEP, rung.context))
         except SiliconError as error:
             refused = error
         else:
-            usable.append(rung)
+            usable.setdefault(config.model, rung)
     if refused and not usable:
         raise refused
-    return usable
+    return list(usable.values())
 
 
 def _nothing_trains(verdict: str, reason: str) -> SiliconError:
@@ -205,7 +208,7 @@ def _to_measure(usable: list[Rung], fitting: list[Planned]) -> Rung | None:
     """The next rung to measure: the best by what is known until that one is measured, then its best neighbour."""
     by_name = {rung.name: rung for rung in usable}
     if not fitting:
-        return by_name.get(BEGIN_WITH, usable[-1])
+        return by_name.get(BEGIN_WITH, usable[min(len(usable) - 1, BEGIN_AT)])
     best = sorted(fitting, key=lambda row: row.val_loss)[:MEASURED]
     return next((by_name[row.rung] for row in best if not row.measured), None)
 
@@ -275,15 +278,19 @@ def _between(rung: Rung, known: dict[str, Speed], configure: Configure) -> Speed
 # --- what was measured before ----------------------------------------------------------------------------------------
 
 
-def _speeds_file(device: Device, configure: Configure) -> Path:
-    """Speeds depend on the machine and on all that is set by hand."""
-    mark = fingerprint(configure(LADDER[0], SMALLEST_STEP), device)
-    return home() / "speeds" / file_name(mark)
+def speeds_file(device: Device, smallest: RunConfig) -> Path:
+    """Speeds depend on the machine and on all that is set by hand, given the smallest rung's config."""
+    by_hand = {
+        name: getattr(smallest.model, name.removeprefix("model."))
+        for name, source in smallest.sources.items()
+        if name.startswith("model.") and not source.startswith("plan ")
+    }
+    mark = {"shape_by_hand": by_hand, "micro_tokens": smallest.machine.micro_tokens}
+    return home() / "speeds" / file_name(fingerprint(smallest, device) | mark)
 
 
-def read_speeds(device: Device, configure: Configure) -> dict[str, Speed]:
+def read_speeds(path: Path) -> dict[str, Speed]:
     """What was measured of the ladder on this machine. A damaged file counts as none: it is measured again."""
-    path = _speeds_file(device, configure)
     if not path.is_file():
         return {}
     try:
@@ -294,6 +301,6 @@ def read_speeds(device: Device, configure: Configure) -> dict[str, Speed]:
         return {}
 
 
-def keep_speeds(device: Device, configure: Configure, known: dict[str, Speed]) -> None:
+def keep_speeds(path: Path, device: Device, known: dict[str, Speed]) -> None:
     tables: dict[str, Any] = {"speeds": {name: asdict(speed) for name, speed in known.items()}}
-    write_file(_speeds_file(device, configure), tomli_w.dumps({"machine": machine_mark(device), **tables}))
+    write_file(path, tomli_w.dumps({"machine": machine_mark(device), **tables}))

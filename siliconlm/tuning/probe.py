@@ -78,7 +78,7 @@ def probe(
     row = replace(row, forward_seconds=forward, update_seconds=updating)
     row = replace(row, tokens_per_s=round(rate(config, row.micro_batch, forward, updating), 1))
     chance = math.log(config.model.vocab_size)
-    if not abs(answer.values["loss"] / chance - 1) <= NEAR_CHANCE:  # so written, a NaN fails as well
+    if not abs(answer.values["loss"] - chance) <= NEAR_CHANCE * chance:  # so written, a NaN fails as well
         return replace(row, reason=f"the loss is wrong: {answer.values['loss']:.2f}, where chance is {chance:.2f}")
     if not answer.values["canary"] <= CANARY:
         return replace(row, reason="the same loss came out differently when repeated")

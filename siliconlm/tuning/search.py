@@ -25,6 +25,7 @@ STRIDE = 4  # the second micro-batch tried is so many times the first: far enoug
 NEAR = 0.85  # of the best speed: so much may a busy moment cost
 SPARE = 0.4  # of the time left, that a try which only refines the answer may take
 SHORTEST_LIMIT = 15.0
+COMPILE_SECONDS = 30.0  # to compile the blocks, on a laptop
 NO_TIME = "no time left to try it"
 
 Next = Callable[["Search"], int | None]
@@ -113,11 +114,12 @@ class Search:
 
     def child_seconds(self, micro: int) -> float:
         """An estimate of how long the child for a size runs: its start, two cold passes, a warm step."""
+        start = CHILD_SECONDS + (COMPILE_SECONDS if self.config.machine.compile else 0.0)
         known = [row for row in self.fitting if row.forward_seconds]
         if not known:
-            return CHILD_SECONDS
+            return start
         forward = between({row.micro_batch: row.forward_seconds for row in known}, micro)
-        return CHILD_SECONDS + max(MEASURE_SECONDS, 3 * forward) + 2 * known[-1].update_seconds
+        return start + max(MEASURE_SECONDS, 3 * forward) + 2 * known[-1].update_seconds
 
     def patience(self, micro: int, extra: float = 0.0) -> float:
         """Seconds after which the child for a size counts as hanging, where it should take `extra` ones beside its own.

@@ -5,7 +5,7 @@ tensors (#118115), dropout under checkpointing (#127676), float32 matmuls of 11 
 names the feature to avoid; what does not fail stays on.
 
 The witness is float64 on the CPU, so the checks mean something on a CPU too. Where the question is what a feature
-(bfloat16, checkpointing, compile) changes, the witness is the same device without it: one fault, one verdict.
+(bfloat16, checkpointing) changes, the witness is the same device without it: one fault, one verdict.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ Feature = Literal[
     "chunked_loss",
     "bfloat16",
     "float16",
-    "compile",
 ]
 
 INSTEAD: dict[Feature, str] = {
@@ -65,7 +64,6 @@ INSTEAD: dict[Feature, str] = {
     "chunked_loss": "the plain loss",
     "bfloat16": "float32",
     "float16": "float32",
-    "compile": "no compiling",
 }
 """What to do where a feature fails its check."""
 
@@ -96,8 +94,8 @@ class Verdict:
     detail: str = ""
 
 
-def run(device: Device, compile: bool = False) -> Iterator[Verdict]:
-    """Check the device's arithmetic, one verdict at a time. About 3 s and 450 MB on a CPU; compiling: 30 s more.
+def run(device: Device) -> Iterator[Verdict]:
+    """Check the device's arithmetic, one verdict at a time. About 3 s and 450 MB on a CPU.
 
     Seeds torch's generators. An operation that the device lacks or refuses is a failed verdict. Raises SiliconError
     (out_of_memory) when memory ran out, which says nothing of the arithmetic. A driver can end the whole process
@@ -105,7 +103,7 @@ def run(device: Device, compile: bool = False) -> Iterator[Verdict]:
     """
     broken: set[Feature] = set()
     slack = 1.0
-    for check in checks(device, compile):
+    for check in checks(device):
         if broken & check.after:
             continue  # made of parts that are known to be wrong, it would tell nothing new
         limit = check.limit * (slack if check.matmuls else 1.0)
@@ -503,20 +501,6 @@ def checkpointing(device: Device) -> Pairs:
     return dict(zip(_gradient_names(block), zip(gradients(device.checkpointed), plain, strict=True), strict=True))
 
 
-def compiled(device: Device) -> Pairs:
-    """A compiled block, with its backward pass, against the block as it is."""
-    at = Place(device.torch_device, torch.float32)
-    block, x = at.module(Block(TINY, 0)).train(), at.normal(2, 32, TINY.n_embd)
-    angles = Rotary(TINY).to(device.torch_device)(0, 32)
-
-    def results(call: Callable[..., Tensor]) -> list[Tensor]:
-        y = call(x, angles, None)
-        return [y, *torch.autograd.grad(y.square().mean(), [x, *block.parameters()])]
-
-    names = ["the result", *_gradient_names(block)]
-    return dict(zip(names, zip(results(torch.compile(block)), results(block), strict=True), strict=True))
-
-
 def _gradient_names(block: nn.Module) -> list[str]:
     return [f"the gradient of {name}" for name in ("x", *dict(block.named_parameters()))]
 
@@ -572,7 +556,7 @@ def decoder(at: Place, config: ModelConfig) -> Named:
 # --- the list -------------------------------------------------------------------------------------------------------
 
 
-def checks(device: Device, compile: bool = False) -> Iterator[Check]:
+def checks(device: Device) -> Iterator[Check]:
     """What is run, in order: the parts first. float16 is for GPUs only, as in the settings."""
     yield _on_cpu("float32 precision", "full_precision", product, limit=PRECISION, distance=absolute)
     yield _on_cpu("matmul", "always", products, (64, 1000, 4096, MATMUL_CAP), matmuls=True)
@@ -611,8 +595,6 @@ def checks(device: Device, compile: bool = False) -> Iterator[Check]:
     yield _half("bfloat16")
     if not device.resident:
         yield _half("float16")
-    if compile:
-        yield Check("compile", "compile", compiled, ROUNDING, largest, matmuls=True)
 
 
 def _on_cpu(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tomli_w
 
-from siliconlm.config import MachineConfig, RunConfig, read_toml
+from siliconlm.config import MachineConfig, ModelConfig, RunConfig, read_toml
 from siliconlm.errors import SiliconError
 from siliconlm.events import Chosen, Event, Notice
 from siliconlm.files import home, write_file
@@ -20,24 +20,29 @@ from siliconlm.tuning.selftest_child import self_test
 # Whether a run uses a feature. What is not here is decided elsewhere: long matmuls by the device, the dtype below.
 USES: dict[Feature, Callable[[RunConfig], bool]] = {
     "muon": lambda config: config.optim.name == "muon",
-    "grouped_queries": lambda config: config.model.n_kv_head != config.model.n_head,
-    "gpt2_shape": lambda config: "layernorm" in config.model.norm or "learned" in config.model.position,
+    "grouped_queries": lambda config: "grouped_queries" in features_of(config.model),
+    "gpt2_shape": lambda config: "gpt2_shape" in features_of(config.model),
     "averaging": lambda config: config.train.ema > 0,
     "dropout": lambda config: config.model.dropout > 0,
     "checkpointing": lambda config: config.machine.checkpointing,
     "chunked_loss": lambda config: config.machine.chunked_loss,
-    "compile": lambda config: config.machine.compile,
     "bfloat16": lambda config: config.machine.dtype == "bfloat16",
     "float16": lambda config: config.machine.dtype == "float16",
     "unfused_adamw": lambda config: not config.machine.fused,
 }
 
 
-def open_sound(machine: MachineConfig, unusable: Feature = "always") -> Generator[Event, None, Device]:
+def features_of(model: ModelConfig) -> list[Feature]:
+    """What a model's shape needs of a device, also where it is only used."""
+    found: list[Feature] = ["grouped_queries"] if model.n_kv_head != model.n_head else []
+    return found + (["gpt2_shape"] if model.norm == "layernorm" or model.position == "learned" else [])
+
+
+def open_sound(machine: MachineConfig, *needed: Feature) -> Generator[Event, None, Device]:
     """`open_device`, with what the self-test found there, if it was run: a device or precision that nobody asked for
     by name and that computes wrongly is passed over, and that is said. SiliconError for one that was asked for.
 
-    `unusable` is a further feature without which the device is of no use.
+    `needed` are features without which the device is of no use.
     """
     kinds = available() if machine.device == "auto" else [machine.device]
     for kind in kinds:
@@ -46,12 +51,14 @@ def open_sound(machine: MachineConfig, unusable: Feature = "always") -> Generato
         device = replace(device, faults=known(device) or {})
         if passed_over:
             device = _decided(device, "machine.device", kind, f"{kinds[0]} fails the self-test")
-        fault = next((device.faults[name] for name in ("always", unusable) if name in device.faults), None)
-        if fault is None:
+        broken: Feature | None = next((name for name in ("always", *needed) if name in device.faults), None)
+        if broken is None:
             return _sound_dtype(device, machine)
+        fault = device.faults[broken]
         yield Notice(f"device {kind} fails the self-test ({fault})", "warning")
-    fix = f"{INSTEAD[unusable].capitalize()}; silicon doctor --self-test tells more."
-    raise SiliconError(f"{kinds[-1]} computes wrongly here: {fault}", fix=fix, kind="no_device")
+    other = INSTEAD[broken] if broken in ("always", "cached_decoding") else "use another device (--device)"
+    fix = f"{other.capitalize()}; silicon doctor --self-test tests it again."
+    raise SiliconError(f"{kinds[-1]} computes wrongly here: {fault}", fix=fix, kind="wrong_results")
 
 
 def _sound_dtype(device: Device, machine: MachineConfig) -> Device:
@@ -68,7 +75,7 @@ def _decided(device: Device, setting: str, value: str, reason: str) -> Device:
     return replace(device, choices=[*others, Chosen(setting, value, reason)])
 
 
-def gated(config: RunConfig, device: Device) -> Generator[Event, None, RunConfig]:
+def within(config: RunConfig, device: Device) -> RunConfig:
     """The config, without the one feature that can be done without; SiliconError where a run needs what is broken."""
     for feature, uses in USES.items():
         if feature in device.faults and uses(config):
@@ -77,10 +84,17 @@ def gated(config: RunConfig, device: Device) -> Generator[Event, None, RunConfig
                 fix=f"Use {INSTEAD[feature]}.",
             )
     if "fused_adamw" in device.faults and config.machine.fused:
-        reason = f"the fused kernel fails the self-test ({device.faults['fused_adamw']})"
-        yield Chosen("machine.fused", False, reason)
         return config.replace("self-test", **{"machine.fused": False})
     return config
+
+
+def gated(config: RunConfig, device: Device) -> Generator[Event, None, RunConfig]:
+    """`within`, saying what it changed."""
+    changed = within(config, device)
+    if changed is not config:
+        reason = f"the fused kernel fails the self-test ({device.faults['fused_adamw']})"
+        yield Chosen("machine.fused", False, reason)
+    return changed
 
 
 def tested(device: Device, machine: MachineConfig) -> Generator[Event, None, Device]:

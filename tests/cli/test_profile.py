@@ -283,3 +283,53 @@ def test_a_time_without_a_preset_asks_the_plan(silicon: Silicon, own: Trained, c
 def test_a_plan_without_a_time_says_what_to_type(silicon: Silicon, own: Trained) -> None:
     done = silicon("plan", "--data", "plays")
     assert done.code == 1 and "--time 30m" in done.err
+
+
+@pytest.mark.parametrize("command", [["profile"], ["probe-batch"], ["plan", "--time", "1m"]])
+def test_what_is_measured_cannot_be_set(silicon: Silicon, own: Trained, children: Any, command: list[str]) -> None:
+    children(QUICK)
+    done = silicon(*command, "--data", "plays", "--set", "machine.micro_batch=2")
+    assert done.code == 1 and "micro" in done.err and "out" in done.err and children() == []
+
+
+def test_a_probe_that_fails_is_not_called_a_lack_of_memory(
+    silicon: Silicon, own: Trained, children: Any, one_or_two: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children("raise SystemExit('no such kernel')")
+    monkeypatch.setattr("siliconlm.engine.searching", choose.searching)
+    done = silicon("probe-batch", "--data", "plays", *one_or_two, "--json")
+    told = json.loads(done.out.splitlines()[-1])
+    assert done.code == 1 and told["kind"] == "training_failed" and "no such kernel" in told["error"]
+
+
+def test_compiling_without_a_compiler_is_refused_before_a_run_is_made(
+    silicon: Silicon, own: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("siliconlm.engine.lacks_compiler", lambda device: True)
+    words = ["--data", "plays", "--preset", str(own.preset), "--profile", "none", "--steps", "1", "--name", "never"]
+    done = silicon("train", *words, "--set", "machine.compile=true")
+    assert done.code == 1 and "needs a C++ compiler" in done.err and "--set" in done.err
+    assert not (own.home / "runs" / "never").exists()
+
+
+def test_a_run_does_not_go_on_where_the_self_test_found_something(
+    silicon: Silicon, own: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Device("cpu", torch.float32, 1)
+    verdicts.remember(place, [Verdict("Muon", False, 3.0, 1.0, "muon", "off by 3")])
+    refused = silicon("resume", "whole")
+    assert refused.code == 1 and "muon fails the self-test" in refused.err
+    verdicts.remember(place, [Verdict("matmul", False, 3.0, 1.0, "always", "off by 3")])
+    for words in (["resume", "whole"], ["eval", "whole"], ["sample", "Enter", "--run", "whole"]):
+        refused = silicon(*words)
+        assert refused.code == 1 and "cpu computes wrongly here: matmul: off by 3" in refused.err
+    verdicts.remember(place, [])
+    assert silicon("resume", "whole").code == 0
+
+
+def test_a_plan_leaves_out_models_that_need_what_is_broken(silicon: Silicon, own: Trained, children: Any) -> None:
+    children(QUICK)
+    broken = Verdict("attention, grouped", False, 3.0, 1.0, "grouped_queries", "off by 3")
+    verdicts.remember(Device("cpu", torch.float32, 1), [broken])
+    rows = silicon("plan", "--time", "2m", "--data", "plays", "--json").json()["plan"]
+    assert [row["rung"] for row in rows] == ["2x32", "2x64", "4x64"], "those with as many key heads as query heads"

@@ -313,7 +313,7 @@ FAILED = Check("MPS memory limit", "fail", "torch refuses the GPU", "unset it")
 
 def test_the_doctor_shows_the_remedy_where_torch_refuses_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing(monkeypatch, "invalid low watermark ratio 1.4", FAILED)
-    found = diagnosis.diagnose()
+    found = diagnosis.diagnose(lambda machine: devices.open_device(machine).choices)
     assert found.torch.mps_available and found.torch.recommended_memory is None
     assert not found.healthy and found.checks == [FAILED] and found.choices == []
 
@@ -324,10 +324,10 @@ def test_no_other_error_is_hidden_by_the_doctor(monkeypatch: pytest.MonkeyPatch)
         devices.torch_facts()
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: GIB)
     with pytest.raises(RuntimeError, match="something else"):
-        diagnosis.diagnose()
+        diagnosis.diagnose(lambda machine: devices.open_device(machine).choices)
     refusing(monkeypatch, "invalid low watermark ratio 1.4", Check("MPS memory limit", "pass", "torch's default"))
     with pytest.raises(SiliconError, match="watermark"):
-        diagnosis.diagnose()
+        diagnosis.diagnose(lambda machine: devices.open_device(machine).choices)
 
 
 # --- one file knows devices ------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.amp.grad_scaler import GradScaler
 
 from siliconlm import engine
-from siliconlm.config import Layer, RunConfig, flatten
+from siliconlm.config import Layer, RunConfig, flatten, resolve
 from siliconlm.data.batches import Batches
 from siliconlm.data.prepare import Dataset, open_dataset, prepare
 from siliconlm.errors import SiliconError
@@ -28,7 +28,7 @@ from siliconlm.hardware.device import Device
 from siliconlm.hardware.watch import Reading, Watch
 from siliconlm.model.weights import read_model
 from siliconlm.training.checkpoint import RunFolder, create_run, read_log
-from siliconlm.training.loop import accumulate, evaluate, fit, result_of, train_step, update
+from siliconlm.training.loop import accumulate, evaluate, evaluation_seconds, fit, result_of, train_step, update
 from siliconlm.training.schedule import Budget, lr_scale
 from siliconlm.training.state import TrainState
 
@@ -611,3 +611,11 @@ def test_an_overflow_of_float16_steps_no_optimiser(config: Config, device: Devic
     update(state, 1.0)
     assert not torch.equal(state.model.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
     assert all(bool(torch.isfinite(weight).all()) for weight in state.model.parameters())
+
+
+def test_evaluations_every_so_many_steps_are_foreseen_within_a_time() -> None:
+    """1,000 tokens/s: 4 steps of 500 tokens take 2 s, and an evaluation of 4,000 tokens, at twice the speed, 2 s."""
+    settings = {"train.tokens_per_step": 500, "model.context": 50, "train.eval_tokens": 4000, "train.eval_every": 4}
+    config = resolve(Layer("test", {**settings, "train.time": 100.0}))
+    taken = evaluation_seconds(config, 4000, Budget(None, 100.0), 1000.0)
+    assert taken == pytest.approx(49 + 2)

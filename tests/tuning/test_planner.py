@@ -243,3 +243,41 @@ def test_no_loss_is_predicted_above_an_untrained_models(machine: Any) -> None:
     known = {rung.name: planner.Speed(1e-5, 0.01, 10**8) for rung in LADDER[:3]}
     row = planner._planned(LADDER[1], known, CPU, Task(120.0, 250_000, 25_000, 8.0), configure)
     assert row.val_loss == pytest.approx(math.log(128), rel=1e-4)
+
+
+# --- what is set by hand ---------------------------------------------------------------------------------------------
+
+
+def by_hand(**settings: Any) -> planner.Configure:
+    values = {name.replace("__", "."): value for name, value in settings.items()}
+    last = Layer("test", {"model.vocab_size": 128, "machine.device": "cpu"})
+    return lambda rung, per_step: resolve(rung.layer(per_step), last, Layer("--set", values))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_rungs_that_become_one_model_are_one_rung(machine: Any, layers: int) -> None:
+    given = by_hand(model__n_layer=layers)
+    names = [rung.name for rung in planner.ladder(given)]
+    assert "2x64" in names and "4x64" not in names and "4x96" in names
+    rows = [event for event in run(plan(CPU, TASK, given))[0] if isinstance(event, Planned)]
+    assert [row.rung for row in rows] == names and sum(row.chosen for row in rows) == 1
+
+
+def test_a_plan_leaves_out_what_contradicts_and_keeps_the_rest(machine: Any) -> None:
+    given = by_hand(model__n_kv_head=2)
+    names = [rung.name for rung in planner.ladder(given)]
+    assert "2x32" not in names and "4x128" in names
+    for refresh in (False, True):
+        assert run(plan(CPU, TASK, given, refresh))[1].rung in names
+
+
+@pytest.mark.parametrize("settings", [{"model__n_layer": 2}, {"model__context": 128}, {"machine__micro_tokens": 8192}])
+def test_speeds_of_other_settings_are_not_taken(machine: Any, settings: dict[str, Any]) -> None:
+    """Also where by hand stands what the smallest rung has anyway."""
+    run(plan(CPU, TASK, configure))
+    assert machine()
+    run(plan(CPU, TASK, by_hand(**settings)))
+    assert machine(), "measured anew"
+    run(plan(CPU, TASK, configure))
+    run(plan(CPU, TASK, by_hand(**settings)))
+    assert not machine(), "and both are kept"

@@ -192,7 +192,7 @@ def test_a_cpu_is_sound(device: Device) -> None:
 
 def test_every_feature_has_an_alternative(device: Device) -> None:
     assert set(INSTEAD) == set(get_args(Feature))
-    needed = {check.needed for check in selftest.checks(device, compile=True)}
+    needed = {check.needed for check in selftest.checks(device)}
     assert needed == set(INSTEAD) - {"float16"}  # which a CPU may not use
 
 
@@ -249,13 +249,6 @@ def test_autocast_that_does_nothing(device: Device, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("short")
-def test_compiling_is_checked_only_when_asked(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda block: lambda *args: block(*args) * 1.01)
-    assert failed(device) == {}
-    assert set(failed(device, compile=True)) == {"compile"}
-
-
-@pytest.mark.usefixtures("short")
 def test_an_operator_that_is_missing(device: Device) -> None:
     def missing(*_: Any) -> None:
         raise NotImplementedError("The operator 'aten::_fused_adamw_' is not currently implemented\nfor this device")
@@ -284,15 +277,6 @@ def test_a_gate_gives_the_first_reason() -> None:
         Verdict("c", False, 3.0, 1.0, "muon", "the weight is off"),
     ]
     assert gates(verdicts) == {"muon": "b: the result is off"}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler uses what torch calls deprecated
-def test_compiling_on_this_cpu(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = selftest.checks
-    monkeypatch.setattr(selftest, "checks", lambda *args: [check for check in every(*args) if check.name == "compile"])
-    (verdict,) = run(device, compile=True)
-    assert verdict.passed, verdict
 
 
 # --- on the pretend Apple GPU ---------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_a_device_that_computes_wrongly_is_refused_by_name(apple: Device) -> Non
     remember(apple, [wrong("always")])
     with pytest.raises(SiliconError, match=r"mps computes wrongly here: a check of always: off by 3") as refused:
         ended(open_sound(MachineConfig(device="mps")))
-    assert refused.value.kind == "no_device" and "--device" in refused.value.fix
+    assert refused.value.kind == "wrong_results" and "--device" in refused.value.fix
 
 
 def test_a_device_found_wrong_just_now_is_passed_over(
@@ -210,7 +210,6 @@ USED: dict[Feature, dict[str, Any]] = {
     "dropout": {"model__dropout": 0.1},
     "checkpointing": {"machine__checkpointing": True},
     "chunked_loss": {"machine__chunked_loss": True},
-    "compile": {"machine__compile": True},
     "bfloat16": {"machine__dtype": "bfloat16"},
     "float16": {"machine__dtype": "float16"},
     "unfused_adamw": {"machine__fused": False},
