@@ -258,7 +258,7 @@ def test_a_moment_is_the_next_at_which_the_clocks_show_it(
         minutes = (whole + timedelta(minutes=count) for count in range(1, 49 * 60))
         assert found == next(time for time in minutes if f"{time.astimezone(zone):%H:%M}" == f"{clock:%H:%M}")
     else:
-        asked = datetime.datetime.combine(shown.date(), clock.replace(second=0, microsecond=0), zone)
+        asked = datetime.datetime.combine(shown.date(), clock.replace(second=0, microsecond=0, fold=0), zone)
         assert asked.astimezone(UTC) == found, "left out as the clocks were put forward"
         assert asked.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != asked.replace(tzinfo=None)
 
