@@ -153,7 +153,7 @@ class TrainConfig(Section):
     tokens_per_step: int = Field(4096, ge=2, description="tokens of one optimiser step, on every machine")
     schedule: Literal["wsd", "cosine", "constant"] = Field("wsd", description="learning rate over the budget")
     warmup: float = Field(0.02, ge=0, le=1, description="share of the budget spent warming up")
-    decay: float = Field(0.5, ge=0, le=1, description="share of the budget spent decaying (wsd)")
+    decay: float = Field(0.8, ge=0, le=1, description="share of the budget spent decaying (wsd)")
     final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of its peak")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average; 0 switches it off")
@@ -166,12 +166,13 @@ class TrainConfig(Section):
 
 class OptimConfig(Section):
     name: Literal["muon", "adamw"] = Field("muon", description="muon: Muon for matrices, AdamW for the rest")
-    lr: float = Field(3e-3, gt=0, description="AdamW's peak learning rate")
+    lr: float = Field(6e-3, gt=0, description="AdamW's peak learning rate")
     matrix_lr: float = Field(0.02, gt=0, description="Muon's peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment decay")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
+    matrix_beta2: float = Field(0.95, ge=0, lt=1, description="decay of NorMuon's mean squares; 0 is plain Muon")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
 
 

@@ -15,20 +15,31 @@ from siliconlm.config import OptimConfig
 
 Group = dict[str, Any]
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients, Jordan et al. 2024
+Quintic = tuple[float, float, float]
+"""a, b, c of a x + b x^3 + c x^5."""
+
+# Each is the nearest to 1, at worst, on the interval that those before it leave of [0.01, 1]: the method of the Polar
+# Express (Amsel et al. 2025, arXiv 2505.16932). Three come as near as five times Jordan's fixed one (2024).
+POLAR: tuple[Quintic, ...] = (
+    (8.0941, -23.6229, 17.4479),
+    (3.6378, -2.7228, 0.5367),
+    (2.6630, -1.9786, 0.4528),
+)
+TINY = 1e-10  # under a mean square, so that no gradient gives no update
 
 
-def orthogonalise(matrices_NRC: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Push the singular values of a batch of matrices [N, R, C] towards 1 by a Newton-Schulz iteration.
+def orthogonalise(
+    matrices_NRC: Tensor, quintics: tuple[Quintic, ...] = POLAR, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Push the singular values of a batch of matrices [N, R, C] towards 1 by odd polynomials of the matrices.
 
-    They end between about 0.7 and 1.2, which is as good as 1 for Muon (Jordan et al. 2024).
+    Those above a hundredth of the matrix's norm end between 0.73 and 1.27, which is as good as 1 for Muon.
     """
     x = matrices_NRC.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(steps):
+    for a, b, c in quintics:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
@@ -94,12 +105,13 @@ class AdamW(Optimiser):
 
 
 class Muon(Optimiser):
-    """Momentum orthogonalised by Newton-Schulz, for the matrices inside the blocks (Jordan et al. 2024).
+    """Momentum orthogonalised, for the matrices inside the blocks (Jordan et al. 2024).
 
     The update is torch.optim.Muon's (Nesterov momentum, learning rate times sqrt(max(1, rows/columns)), decoupled
-    weight decay). It differs in two ways that pay on small models: matrices of one shape are orthogonalised as one
-    batch, and the precision is the device's choice (bfloat16 made a step 20 times slower on a CPU without bfloat16
-    units).
+    weight decay) but for three things: matrices of one shape are orthogonalised as one batch; the precision is the
+    device's choice (bfloat16 made a step 20 times slower on a CPU without bfloat16 units); and with `beta2` the rows
+    of an update (its columns, where it is wide) are brought to like sizes by a moving average of their mean squares,
+    the norm of the whole staying what it was (NorMuon, Li et al. 2025, arXiv 2510.05491).
     """
 
     def __init__(
@@ -108,31 +120,51 @@ class Muon(Optimiser):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        beta2: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        quintics: tuple[Quintic, ...] = POLAR,
     ) -> None:
         super().__init__([{"params": list(params), "momentum": momentum, "weight_decay": weight_decay}], lr)
-        self.dtype = dtype
-        self.stacks: list[tuple[Group, list[nn.Parameter], Tensor]] = []
+        self.beta2, self.dtype, self.quintics = beta2, dtype, quintics
+        self.stacks: list[tuple[Group, list[nn.Parameter], Tensor, Tensor]] = []
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for weight in group["params"]:
                 by_shape[weight.shape].append(weight)
             for weights in by_shape.values():
-                momentum_NRC = torch.zeros(len(weights), *weights[0].shape, device=weights[0].device)
-                for weight, buffer in zip(weights, momentum_NRC.unbind(), strict=True):
-                    self.state[weight]["momentum_buffer"] = buffer  # a view: saved and loaded by parameter name
-                self.stacks.append((group, weights, momentum_NRC))
+                first, (rows, columns) = weights[0], weights[0].shape
+                momentum_NRC = torch.zeros(len(weights), rows, columns, device=first.device)
+                lines = (rows, 1) if rows >= columns else (1, columns)
+                squares_N11 = torch.zeros(len(weights), *lines, device=first.device)
+                # Views: saved and loaded by parameter name.
+                for weight, momentum_RC, squares in zip(weights, momentum_NRC, squares_N11, strict=True):
+                    self.state[weight]["momentum_buffer"] = momentum_RC
+                    if beta2:
+                        self.state[weight]["mean_squares"] = squares
+                self.stacks.append((group, weights, momentum_NRC, squares_N11))
 
     @torch.no_grad()
     def step(self) -> None:
-        for group, weights, momentum_NRC in self.stacks:
+        for group, weights, momentum_NRC, squares_N11 in self.stacks:
             gradients_NRC = torch.stack([weight.grad for weight in weights])  # type: ignore[misc]
             momentum_NRC.lerp_(gradients_NRC, 1 - group["momentum"])
-            update_NRC = orthogonalise(gradients_NRC.lerp_(momentum_NRC, group["momentum"]), dtype=self.dtype)
+            direction_NRC = gradients_NRC.lerp_(momentum_NRC, group["momentum"])
+            update_NRC = orthogonalise(direction_NRC, self.quintics, self.dtype).to(weights[0].dtype)
+            if self.beta2:
+                update_NRC = self._evened(update_NRC, squares_N11)
             rows, columns = weights[0].shape
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-            for weight, update in zip(weights, update_NRC.to(weights[0].dtype).unbind(), strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+            for weight, update_RC in zip(weights, update_NRC, strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update_RC, alpha=-rate)
+
+    def _evened(self, update_NRC: Tensor, squares_N11: Tensor) -> Tensor:
+        """The update with its rows (or columns) of like sizes; all norms come from the one look at its squares."""
+        averaged = -1 if squares_N11.size(-1) == 1 else -2
+        squares_now = update_NRC.square().mean(averaged, keepdim=True)
+        squares_N11.lerp_(squares_now, 1 - self.beta2)
+        factors = squares_N11.clamp(min=TINY).rsqrt()
+        before, after = (part.sum((-2, -1), keepdim=True) for part in (squares_now, squares_now * factors.square()))
+        return update_NRC * (factors * (before / after.clamp(min=TINY)).sqrt())
 
 
 def build(model: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype, fused: bool = True) -> list[Optimiser]:
@@ -151,7 +183,8 @@ def build(model: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype, fused: 
     groups = [group for group in groups if group["params"]]
     optimisers: list[Optimiser] = [AdamW(groups, optim.lr, optim.beta1, optim.beta2, optim.eps, fused)]
     if inner:
-        optimisers.append(Muon(inner, optim.matrix_lr, optim.momentum, optim.weight_decay, muon_dtype))
+        muon = Muon(inner, optim.matrix_lr, optim.momentum, optim.weight_decay, optim.matrix_beta2, muon_dtype)
+        optimisers.append(muon)
     return optimisers
 
 

@@ -438,7 +438,8 @@ def muon(device: Device) -> Pairs:
         if at.witness:
             moved = [_muon_by_hand(weight, history) for weight, *history in zip(weights, *gradients, strict=True)]
             return {f"weight {i}": weight for i, weight in enumerate(moved)}
-        optimiser = Muon(weights, 0.5, momentum=0.9, weight_decay=0.1, dtype=device.orthogonalising_dtype())
+        dtype = device.orthogonalising_dtype()
+        optimiser = Muon(weights, 0.5, momentum=0.9, weight_decay=0.1, beta2=0.8, dtype=dtype)
         for drawn in gradients:
             for weight, gradient in zip(weights, drawn, strict=True):
                 weight.grad = gradient
@@ -449,11 +450,13 @@ def muon(device: Device) -> Pairs:
 
 
 def _muon_by_hand(weight: Tensor, gradients: list[Tensor]) -> Tensor:
-    momentum = torch.zeros_like(weight)
+    momentum, squares = torch.zeros_like(weight), torch.zeros_like(weight[:, :1])
     for gradient in gradients:
         momentum = 0.9 * momentum + 0.1 * gradient
         update = orthogonalise((0.1 * gradient + 0.9 * momentum)[None], dtype=weight.dtype)[0]
-        weight = weight * (1 - 0.5 * 0.1) - 0.5 * 2**0.5 * update
+        squares = 0.8 * squares + 0.2 * update.square().mean(1, keepdim=True)
+        evened = update / squares.sqrt()
+        weight = weight * (1 - 0.5 * 0.1) - 0.5 * 2**0.5 * evened * (update.norm() / evened.norm())
     return weight.detach()
 
 
