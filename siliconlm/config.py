@@ -125,7 +125,7 @@ class ModelConfig(Section):
     tied: bool = Field(True, description="output head shares the embedding's weights")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of the norms")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of attention, MLP output and embedding")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of embedding, attention output and MLP output")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:

@@ -32,6 +32,7 @@ from siliconlm.hardware.facts import chip, memory, parse_peak_resident, read, us
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST_TENSOR = 1 << 32  # bytes; a bigger one can abort the whole process on an Apple GPU (pytorch#149325)
+QUERY_BLOCK = 256
 FEW_BYTES = 64 << 20  # decoding 1 to 40 M parameters was as fast by one thread as by two
 OUT_OF_MEMORY_WORDS = ("out of memory", "invalid buffer size", "can't allocate memory", "failed to allocate")
 
@@ -148,9 +149,9 @@ class Device:
         return self.kind == "cpu"
 
     @property
-    def keeps_scores(self) -> bool:
-        """Whether attention keeps all its scores for the backward pass, as it does on Apple GPUs."""
-        return self.kind == "mps"
+    def query_block(self) -> int:
+        """Queries at a time where torch's attention would keep all scores, as on Apple GPUs in training; else 0."""
+        return QUERY_BLOCK if self.kind == "mps" else 0
 
     @property
     def wrong_long_matmuls(self) -> bool:
@@ -170,7 +171,7 @@ class Device:
             return sys.maxsize, ""
         vocab_size = 0 if machine and machine.chunked_loss else model.vocab_size  # a chunk's logits are small
         logits = LARGEST_TENSOR // (model.context * vocab_size * 4 + 1)
-        scores = LARGEST_TENSOR // (model.n_head * model.context**2 * 4 + 1)
+        scores = LARGEST_TENSOR // (model.n_head * min(QUERY_BLOCK, model.context) * model.context * 4 + 1)
         limits = [(min(logits, scores), "a tensor of 4 GiB can abort the process on Apple GPUs (pytorch#149325)")]
         if self.wrong_long_matmuls:
             limits.append((MATMUL_CAP // model.context, _long_matmul_reason()))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliconlm.config import ModelConfig
+from siliconlm.model.attention import block_attention
 from siliconlm.model.loss import chunk_rows, chunked_loss
 
 Checkpoint = Callable[..., Any]
@@ -124,6 +125,11 @@ class Trunk(nn.Module):
         self.rotary = Rotary(config) if config.position == "rope" else None
         self.checkpoint: Checkpoint | None = None  # set by training: recomputes each block in the backward pass
 
+    def attend_by(self, query_block: int) -> None:
+        """Attend by blocks of so many queries, where there is no cache; 0 takes torch's attention."""
+        for block in self.layers:
+            block.self_attn.query_block = query_block  # type: ignore[union-attr]
+
     def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         start = cache.length if cache else 0
         x_BTC = self.embed_tokens(ids_BT)
@@ -163,6 +169,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.index = index
+        self.query_block = 0  # see Trunk.attend_by
         queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.q_proj = nn.Linear(config.n_embd, queries, bias=config.bias)
         self.k_proj = nn.Linear(config.n_embd, keys, bias=config.bias)
@@ -189,12 +196,13 @@ class Attention(nn.Module):
         new, past = q_BHTD.size(2), cache.length if cache else 0
         if cache:
             k_BKTD, v_BKTD = cache.extend(self.index, k_BKTD, v_BKTD)
+        elif self.query_block:
+            return block_attention(q_BHTD, k_BKTD, v_BKTD, self.query_block)
         return F.scaled_dot_product_attention(
             q_BHTD,
             k_BKTD,
             v_BKTD,
             attn_mask=causal_mask(new, past, q_BHTD.device) if past and new > 1 else None,
-            dropout_p=self.config.dropout if self.training else 0.0,
             is_causal=not past and new > 1,
             enable_gqa=self.config.n_kv_head != self.config.n_head,
         )

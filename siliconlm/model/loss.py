@@ -34,7 +34,7 @@ def chunked_loss(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, chunk_bytes
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, rows: int) -> Tensor:
-        x, weight = (tensor.to(_matmul_dtype(x_NC)) for tensor in (x_NC, weight_VC))
+        x, weight = (tensor.to(matmul_dtype(x_NC)) for tensor in (x_NC, weight_VC))
         dx_NC = torch.empty_like(x_NC)
         dweight_VC = torch.zeros_like(weight_VC) if ctx.needs_input_grad[1] else None
         chunks = zip(x.split(rows), targets_N.split(rows), dx_NC.split(rows), strict=True)
@@ -63,7 +63,7 @@ def _chunk(x_RC: Tensor, weight_VC: Tensor, targets_R: Tensor, dx_RC: Tensor, dw
     return loss
 
 
-def _matmul_dtype(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """What autocast, if it is on, makes of a matmul's operands."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype

@@ -159,6 +159,7 @@ def _forecast(config: RunConfig, device: Device, malloc: Malloc | None) -> Forec
     assert micro is not None and config.model.vocab_size
     with _dry(device, malloc) as (stand_in, ledger):
         state = _state(config, stand_in, ledger)
+        state.model.model.attend_by(device.query_block)  # not the stand-in's
         accumulate(state, _sequences(config, min(2, config.sequences_per_step // micro)))
         update(state, 1.0)
         evaluate_once(state, _sequences(config, 1, evaluation_batch(config.model.context, micro)))
@@ -169,7 +170,7 @@ def _forecast(config: RunConfig, device: Device, malloc: Malloc | None) -> Forec
 @contextmanager
 def _dry(device: Device, malloc: Malloc | None) -> Iterator[tuple[Device, Ledger]]:
     """Fake tensors, attention as the device trains it, and a ledger of them."""
-    apple = device.keeps_scores
+    apple = device.query_block > 0
     stand_in = device.in_main_memory() if apple else device
     attention: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH) if apple else nullcontext()
     ledger = Ledger(stand_in.torch_device, malloc, largest=apple, long_matmuls=device.wrong_long_matmuls)

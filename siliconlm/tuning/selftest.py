@@ -269,9 +269,10 @@ def linear(at: Place, shape: tuple[int, ...], outputs: int, bias: bool) -> Named
     return both_modes(at, F.linear, **inputs)
 
 
-def attention(at: Place, heads: int, kv_heads: int) -> Named:
-    """The whole causal sequence, strided as the projections leave it."""
+def attention(at: Place, heads: int, kv_heads: int, query_block: int = 0) -> Named:
+    """The whole causal sequence, strided as the projections leave it; by blocks of queries, where so many are given."""
     layer = _attention(heads, kv_heads, 64)
+    layer.query_block = query_block
     shapes = {"the queries": (2, 96, heads, 64), "the keys": (2, 96, kv_heads, 64), "the values": (2, 96, kv_heads, 64)}
     inputs = {name: at.normal(*shape) for name, shape in shapes.items()}
 
@@ -572,6 +573,8 @@ def checks(device: Device) -> Iterator[Check]:
     yield _on_cpu("linear, 32,768 tokens", "long_matmul", linear, (8, 4096, 64), 64, False, matmuls=True)
     yield _on_cpu("attention", "always", attention, 4, 4, matmuls=True)
     yield _on_cpu("attention, grouped", "grouped_queries", attention, 4, 2, matmuls=True, after={"always"})
+    if device.query_block:
+        yield _on_cpu("attention by blocks", "always", attention, 4, 2, 40, matmuls=True)
     yield _on_cpu("cached attention", "cached_decoding", cached_attention, 4, 4, matmuls=True)
     yield _on_cpu("cached attention, grouped", "cached_decoding", cached_attention, 4, 2, matmuls=True)
     yield _on_cpu("rms_norm", "always", rms_norm)

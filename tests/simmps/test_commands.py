@@ -166,14 +166,14 @@ def test_wrong_matmuls_of_old_chips_are_refused(mac: Any) -> None:
     shapes: list[dict[str, Any]] = [
         {"model__vocab_size": 50304},
         {"train__tokens_per_step": 65_536, "machine__micro_batch": 1024},
-        {"train__tokens_per_step": 33_024, "model__context": 33_024},
+        {"train__tokens_per_step": 1 << 20, "model__context": 1 << 20, "model__n_head": 8},
     ]
     words = [[*mac.training("wrong", 1, **shape), "--dry-run", "--device", "mps"] for shape in shapes]
     vocabulary, micro_batch, context = (run.ended(1).err for run in mac.silicons(*words, SIMMPS_CHIP="Apple M1 Pro"))
     assert "a vocabulary of 50,304 gives wrong gradients here" in vocabulary
     assert "micro-batch 1024 is too big for this device: matmuls over 32,767 or more are silently" in micro_batch
     assert "Use at most 508." in micro_batch
-    assert "not even one sequence of 33,024 tokens can be trained on this device" in context
+    assert "not even one sequence of 1,048,576 tokens can be trained on this device" in context
     later = [run.ended(code) for run, code in zip(mac.silicons(*words, SIMMPS_CHIP="Apple M3"), (0, 0, 1), strict=True)]
     assert [run.json()["started"]["device"] for run in later[:2]] == ["mps float32"] * 2
     assert "a tensor of 4 GiB can abort the process" in later[2].err  # its attention scores

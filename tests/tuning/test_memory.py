@@ -54,13 +54,12 @@ def test_weights_and_optimizer_state_are_exact(optimiser: str, tied: bool) -> No
     inner = [weight for name, weight in weights.items() if ".layers." in name and weight.dim() == 2]
     state = [weight.numel() for weight in weights.values() for _ in range(2)]
     counters = [1] * len(weights)
-    if optimiser == "muon":  # one momentum for all matrices of a shape; AdamW has the rest
+    if optimiser == "muon":  # one momentum, and one of mean squares, for all matrices of a shape; AdamW has the rest
         others = {id(weight) for weight in inner}
         state = [weight.numel() for weight in weights.values() if id(weight) not in others for _ in range(2)]
-        state += [
-            sum(weight.numel() for weight in inner if weight.shape == shape)
-            for shape in {weight.shape for weight in inner}
-        ]
+        for shape in {weight.shape for weight in inner}:
+            alike = [weight for weight in inner if weight.shape == shape]
+            state += [sum(weight.numel() for weight in alike), len(alike) * max(shape)]
         counters = [1] * (len(weights) - len(inner))
     assert found.optimizer_state == blocks(*state, *counters)
     assert found.peak == found.weights + found.gradients + found.optimizer_state + found.activations
@@ -107,21 +106,16 @@ def test_adamw_that_is_not_fused_can_be_forecast(optimiser: str) -> None:
     assert apart == forecast(configured(optim__name=optimiser), CPU)
 
 
-def test_apple_gpus_keep_all_scores() -> None:
+def test_apple_gpus_hold_a_blocks_scores_of_one_layer() -> None:
+    """Where torch's attention would keep all of them, of all layers."""
     scores = 2 * 4 * 1024**2 * 4  # B H T T, in float32
 
     def extra(layers: int) -> int:
         config = configured(2, model__context=1024, model__n_layer=layers)
         return forecast(config, APPLE).peak - forecast(config, CPU).peak
 
-    assert extra(2) > 2 * scores
-    assert extra(4) - extra(2) > 2 * scores
-
-
-def test_dropout_takes_the_cpu_off_its_fused_attention() -> None:
-    scores = 2 * 4 * 1024**2 * 4
-    dropping, plain = (forecast(configured(2, model__context=1024, model__dropout=p), CPU) for p in (0.1, 0.0))
-    assert dropping.peak - plain.peak > 2 * scores
+    assert 0 < extra(2) < scores
+    assert extra(4) - extra(2) < 0.1 * scores
 
 
 def test_a_long_vocabulary_is_a_hazard_on_m1(monkeypatch: pytest.MonkeyPatch) -> None:
