@@ -190,8 +190,8 @@ def test_memory_is_not_saved_in_a_way_ruled_out_by_hand(rules: Any) -> None:
 
 
 def test_a_sequence_too_long_for_the_device_is_halved_without_a_try(rules: Any) -> None:
-    """Scores of 32,768 tokens take 4 GiB, which no driver is asked for."""
-    shape = {"model.context": 32_768, "model.n_head": 1, "model.n_kv_head": 1, "train.tokens_per_step": 32_768}
+    """A block's scores of 128 heads and 32,768 tokens take 4 GiB, which no driver is asked for."""
+    shape = {"model.context": 32_768, "model.n_head": 128, "model.n_kv_head": 1, "train.tokens_per_step": 32_768}
     longer = config_of(machine__dtype="float32").replace("preset", **shape)
     profile, events = made(longer, APPLE)
     assert profile.settings["model.context"] == 16_384
