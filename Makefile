@@ -1,9 +1,9 @@
-# make demo: a first trained model. make test: the tests. make check: lint, types and tests.
+# make demo: a first trained model. make test: the tests. make check: lint, types and tests. make bench: speed and loss against peers.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all check lint types format clean
+.PHONY: demo test test-all bench bench-full check lint types format clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -23,6 +23,15 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m ""
+
+# TEXT is tiny Shakespeare, the text that `silicon prepare shakespeare` downloads.
+TEXT ?= input.txt
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py --text $(TEXT)
+
+bench-full: $(READY)
+	$(BIN)/python benchmarks/bench.py --text $(TEXT) --full
 
 lint: $(READY)
 	$(BIN)/ruff check
