@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -118,8 +118,8 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embed_positions = nn.Embedding(config.context, config.n_embd) if config.position == "learned" else None
+        self.embed_tokens = Embedding(config.vocab_size, config.n_embd)
+        self.embed_positions = Embedding(config.context, config.n_embd) if config.position == "learned" else None
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
         self.rotary = Rotary(config) if config.position == "rope" else None
@@ -171,10 +171,10 @@ class Attention(nn.Module):
         self.index = index
         self.query_block = 0  # see Trunk.attend_by
         queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, queries, bias=config.bias)
-        self.k_proj = nn.Linear(config.n_embd, keys, bias=config.bias)
-        self.v_proj = nn.Linear(config.n_embd, keys, bias=config.bias)
-        self.o_proj = nn.Linear(queries, config.n_embd, bias=config.bias)
+        self.q_proj = Linear(config.n_embd, queries, bias=config.bias)
+        self.k_proj = Linear(config.n_embd, keys, bias=config.bias)
+        self.v_proj = Linear(config.n_embd, keys, bias=config.bias)
+        self.o_proj = Linear(queries, config.n_embd, bias=config.bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -214,9 +214,9 @@ class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.gate_proj = nn.Linear(config.n_embd, config.n_ff, bias=config.bias)
-        self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=config.bias)
-        self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=config.bias)
+        self.gate_proj = Linear(config.n_embd, config.n_ff, bias=config.bias)
+        self.up_proj = Linear(config.n_embd, config.n_ff, bias=config.bias)
+        self.down_proj = Linear(config.n_ff, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         return F.dropout(
@@ -230,11 +230,27 @@ class GeluMLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=config.bias)
-        self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=config.bias)
+        self.up_proj = Linear(config.n_embd, config.n_ff, bias=config.bias)
+        self.down_proj = Linear(config.n_ff, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         return F.dropout(self.down_proj(F.gelu(self.up_proj(x_BTC), approximate="tanh")), self.dropout, self.training)
+
+
+class Linear(nn.Linear):
+    """nn.Linear. Made for its shape alone it draws no weights: that would load torch's compiler, for 1.5 s."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, likewise."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class RMSNorm(nn.Module):
@@ -261,10 +277,13 @@ class Rotary(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-        angles_TD = torch.outer(torch.arange(config.context), frequencies).repeat(1, 2)
-        self.register_buffer("cos", angles_TD.cos(), persistent=False)
-        self.register_buffer("sin", angles_TD.sin(), persistent=False)
+        place = torch.get_default_device()
+        with torch.device("cpu"):  # where the model is made for its shape alone too, as in Linear
+            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+            angles_TD = torch.outer(torch.arange(config.context), frequencies).repeat(1, 2)
+            cos, sin = angles_TD.cos(), angles_TD.sin()
+        self.register_buffer("cos", cos.to(place), persistent=False)
+        self.register_buffer("sin", sin.to(place), persistent=False)
 
     def forward(self, start: int, new: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions start..start+new-1, each [T, 1, D]."""

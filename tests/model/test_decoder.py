@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -176,3 +178,15 @@ def test_dropout_drops_in_training_only(shape: ModelConfig, random_model: Random
     assert not torch.allclose(first, plain(tokens), atol=1e-2)
     torch.manual_seed(1)
     assert torch.equal(first, model(tokens))
+
+
+@pytest.mark.parametrize("features", [{}, {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True}])
+def test_a_shape_is_counted_without_torchs_compiler(features: dict[str, object]) -> None:
+    """Which takes more than a second to import, at every start that only asks how large a model is."""
+    code = (
+        "import sys; from siliconlm.model.decoder import count_parameters; from siliconlm.config import ModelConfig\n"
+    )
+    code += f"print(count_parameters(ModelConfig(vocab_size=64, **{features!r})), 'torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = Decoder(ModelConfig(vocab_size=64, **features)).count_parameters()  # type: ignore[arg-type]
+    assert done.stdout.split() == [str(expected), "False"]
