@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -277,11 +278,11 @@ class Rotary(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        place = torch.get_default_device()
-        with torch.device("cpu"):  # where the model is made for its shape alone too, as in Linear
-            frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-            angles_TD = torch.outer(torch.arange(config.context), frequencies).repeat(1, 2)
-            cos, sin = angles_TD.cos(), angles_TD.sin()
+        # NumPy's arrays are real where a model is made for its shape alone too: no compiler is loaded, as in Linear.
+        even, places = (torch.from_numpy(np.arange(*ends)) for ends in ((0, config.head_dim, 2), (config.context,)))
+        frequencies = config.rope_theta ** -(even / config.head_dim)
+        angles_TD = torch.outer(places, frequencies).repeat(1, 2)
+        cos, sin, place = angles_TD.cos(), angles_TD.sin(), torch.get_default_device()
         self.register_buffer("cos", cos.to(place), persistent=False)
         self.register_buffer("sin", sin.to(place), persistent=False)
 
