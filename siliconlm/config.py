@@ -174,6 +174,9 @@ class OptimConfig(Section):
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
     matrix_beta2: float = Field(0.95, ge=0, lt=1, description="decay of NorMuon's mean squares; 0 is plain Muon")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
+    state_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what moments of matrices are kept in; bfloat16 halves their memory"
+    )
 
 
 class MachineConfig(Section):

@@ -154,6 +154,11 @@ class Device:
         return QUERY_BLOCK if self.kind == "mps" else 0
 
     @property
+    def own_norm(self) -> bool:
+        """Whether torch's RMSNorm goes backward through many operators here: only CUDA has it as one."""
+        return self.kind != "cuda"
+
+    @property
     def wrong_long_matmuls(self) -> bool:
         """Whether long matmuls come out wrong here: known of the chip and torch, or found by the self-test."""
         return self.kind == "mps" and ("long_matmul" in self.faults or wrong_long_matmuls())

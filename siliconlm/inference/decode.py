@@ -118,7 +118,7 @@ def _fold(block: Block, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Ten
 def _tables(attention: Attention, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Cosines and sines times QK-norm's weights and, for queries, attention's 1 / sqrt(D).
 
-    The half that rotation moves takes its weight and its sign with it, so turning is a roll.
+    The half that rotation moves takes its weight with it, so turning is a roll.
     """
     config, (cos_T1D, sin_T1D) = attention.config, rotary
     counts = (config.n_head, config.n_kv_head)
@@ -127,5 +127,4 @@ def _tables(attention: Attention, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor
     scales[0] = scales[0] / math.sqrt(config.head_dim)
     weight_ND = torch.cat([scale.expand(count, -1) for scale, count in zip(scales, counts, strict=True)])
     half = config.head_dim // 2
-    sign_D = torch.cat((-one[:half], one[half:]))
-    return cos_T1D * weight_ND, sin_T1D * sign_D * weight_ND.roll(half, -1)
+    return cos_T1D * weight_ND, sin_T1D * weight_ND.roll(half, -1)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from siliconlm.config import ModelConfig
 from siliconlm.model.attention import block_attention
 from siliconlm.model.loss import chunk_rows, chunked_loss
+from siliconlm.model.ops import rms_norm, rotate
 
 Checkpoint = Callable[..., Any]
 
@@ -126,10 +127,14 @@ class Trunk(nn.Module):
         self.rotary = Rotary(config) if config.position == "rope" else None
         self.checkpoint: Checkpoint | None = None  # set by training: recomputes each block in the backward pass
 
-    def attend_by(self, query_block: int) -> None:
-        """Attend by blocks of so many queries, where there is no cache; 0 takes torch's attention."""
-        for block in self.layers:
-            block.self_attn.query_block = query_block  # type: ignore[union-attr]
+    def suit(self, query_block: int, own_norm: bool) -> None:
+        """Take the operators that suit a device in training: attention by blocks of so many queries where there is no
+        cache (0 takes torch's), and an RMSNorm of our own."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.query_block = query_block
+            elif isinstance(module, RMSNorm):
+                module.own = own_norm
 
     def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         start = cache.length if cache else 0
@@ -170,7 +175,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.index = index
-        self.query_block = 0  # see Trunk.attend_by
+        self.query_block = 0  # see Trunk.suit
         queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.q_proj = Linear(config.n_embd, queries, bias=config.bias)
         self.k_proj = Linear(config.n_embd, keys, bias=config.bias)
@@ -255,16 +260,16 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in float32 inside (Zhang & Sennrich 2019)."""
+    """`rms_norm` and its weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.own = False  # see Trunk.suit
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not torch.ops.aten._fused_rms_norm: it has no backward on Apple GPUs. F.rms_norm picks what is safe there.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps, self.own)
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
@@ -274,28 +279,22 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 
 
 class Rotary(nn.Module):
-    """Rotary positions, rotate-half form over the whole head (Su et al. 2021; Llama and Qwen layout)."""
+    """Angles of the rotary positions, for `rotate`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         # NumPy's arrays are real where a model is made for its shape alone too: no compiler is loaded, as in Linear.
         even, places = (torch.from_numpy(np.arange(*ends)) for ends in ((0, config.head_dim, 2), (config.context,)))
         frequencies = config.rope_theta ** -(even / config.head_dim)
-        angles_TD = torch.outer(places, frequencies).repeat(1, 2)
-        cos, sin, place = angles_TD.cos(), angles_TD.sin(), torch.get_default_device()
+        angles_TD = torch.outer(places, frequencies)
+        cos, sin, place = angles_TD.cos().repeat(1, 2), angles_TD.sin(), torch.get_default_device()
+        sin = torch.cat((-sin, sin), 1)
         self.register_buffer("cos", cos.to(place), persistent=False)
         self.register_buffer("sin", sin.to(place), persistent=False)
 
     def forward(self, start: int, new: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions start..start+new-1, each [T, 1, D]."""
+        """Cosines and sines of positions start..start+new-1, each [T, 1, D]; the first half of the sines negative."""
         return self.cos[start : start + new, None], self.sin[start : start + new, None]  # type: ignore[index]
-
-
-def rotate(x_BTHD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = angles
-    left, right = x_BTHD.chunk(2, dim=-1)
-    turned = torch.cat((-right, left), dim=-1)
-    return (x_BTHD * cos + turned * sin).to(x_BTHD.dtype)
 
 
 def causal_mask(new: int, past: int, device: torch.device) -> Tensor:

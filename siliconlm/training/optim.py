@@ -25,6 +25,8 @@ POLAR: tuple[Quintic, ...] = (
     (3.6378, -2.7228, 0.5367),
     (2.6630, -1.9786, 0.4528),
 )
+WIDE = 1.5  # columns to rows: from here on the small products cost less
+STACKED = 1 << 22  # numbers in matrices that are orthogonalised as one batch: more would take memory and gain nothing
 TINY = 1e-10  # under a mean square, so that no gradient gives no update
 
 
@@ -33,16 +35,35 @@ def orthogonalise(
 ) -> Tensor:
     """Push the singular values of a batch of matrices [N, R, C] towards 1 by odd polynomials of the matrices.
 
-    Those above a hundredth of the matrix's norm end between 0.73 and 1.27, which is as good as 1 for Muon.
+    Those above a hundredth of the matrix's norm end between 0.73 and 1.27, which is as good as 1 for Muon. An odd
+    polynomial p of x is q(x x') x: where x is wide, q is put together from the small x x' and meets x once. In
+    half precision x x' has too few digits for that.
     """
     x = matrices_NRC.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for a, b, c in quintics:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    if dtype.itemsize < 4 or x.size(-1) < WIDE * x.size(-2):
+        for quintic in quintics:
+            x = _factor(x @ x.mT, quintic) @ x
+        return x.mT if tall else x
+    gram = x @ x.mT
+    whole = _factor(gram, quintics[0])
+    last = whole
+    for quintic in quintics[1:]:
+        gram = last @ gram @ last  # all of them are polynomials of the first, so their order does not matter
+        last = _factor(gram, quintic)
+        whole = last @ whole
+    x = whole @ x
     return x.mT if tall else x
+
+
+def _factor(gram_NRR: Tensor, quintic: Quintic) -> Tensor:
+    """a + b g + c g^2 [N, R, R]: what the quintic multiplies x by."""
+    a, b, c = quintic
+    factor_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
+    factor_NRR.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor_NRR
 
 
 class Optimiser(ABC):
@@ -64,54 +85,79 @@ class AdamW(Optimiser):
     """AdamW (Loshchilov & Hutter 2019) by torch's kernels. Groups hold `params` and `weight_decay`.
 
     Parameters without a gradient stay as they are. `fused` is one kernel for all tensors; otherwise plain operators
-    work on one tensor after the other.
+    work on one tensor after the other. `state_dtype` is what the moments of matrices are kept in between steps.
     """
 
     def __init__(
-        self, groups: Iterable[Group], lr: float, beta1: float, beta2: float, eps: float, fused: bool = True
+        self,
+        groups: Iterable[Group],
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        fused: bool = True,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(groups, lr)
         self.beta1, self.beta2, self.eps, self.fused = beta1, beta2, eps, fused
         for weight in (weight for group in self.param_groups for weight in group["params"]):
+            dtype = state_dtype if weight.dim() >= 2 else weight.dtype
             # A fused kernel counts steps beside the weights; the plain operators read the count on the host.
             self.state[weight] = {
                 "step": torch.zeros((), device=weight.device if fused else None),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
+                "exp_avg": torch.zeros_like(weight, dtype=dtype),
+                "exp_avg_sq": torch.zeros_like(weight, dtype=dtype),
             }
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            states = [self.state[weight] for weight in weights]
-            adamw(
-                weights,
-                [weight.grad for weight in weights],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                foreach=False,
-                fused=self.fused,
-                amsgrad=False,
-                beta1=self.beta1,
-                beta2=self.beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=self.eps,
-                maximize=False,
-            )
+            narrow = [weight for weight in weights if self.state[weight]["exp_avg"].dtype != weight.dtype]
+            kept = {id(weight) for weight in narrow}
+            exact = [weight for weight in weights if id(weight) not in kept]
+            # Narrow moments one at a time, so that only one weight has them in full.
+            for batch in filter(None, [exact, *([weight] for weight in narrow)]):
+                self._move(batch, group)
+
+    def _move(self, weights: list[Any], group: Group) -> None:
+        states = [self.state[weight] for weight in weights]
+        means, squares = (
+            [state[key].to(weight.dtype) for weight, state in zip(weights, states, strict=True)]
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+        adamw(
+            weights,
+            [weight.grad for weight in weights],  # type: ignore[misc]
+            means,
+            squares,
+            [],
+            [state["step"] for state in states],
+            foreach=False,
+            fused=self.fused,
+            amsgrad=False,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self.eps,
+            maximize=False,
+        )
+        for state, mean, square in zip(states, means, squares, strict=True):
+            if state["exp_avg"].dtype != mean.dtype:
+                state["exp_avg"].copy_(mean)
+                state["exp_avg_sq"].copy_(square)
 
 
 class Muon(Optimiser):
     """Momentum orthogonalised, for the matrices inside the blocks (Jordan et al. 2024).
 
     The update is torch.optim.Muon's (Nesterov momentum, learning rate times sqrt(max(1, rows/columns)), decoupled
-    weight decay) but for three things: matrices of one shape are orthogonalised as one batch; the precision is the
+    weight decay) but for three things: matrices of one shape are orthogonalised in batches; the precision is the
     device's choice (bfloat16 made a step 20 times slower on a CPU without bfloat16 units); and with `beta2` the rows
     of an update (its columns, where it is wide) are brought to like sizes by a moving average of their mean squares,
-    the norm of the whole staying what it was (NorMuon, Li et al. 2025, arXiv 2510.05491).
+    the norm of the whole staying what it was (NorMuon, Li et al. 2025, arXiv 2510.05491). `state_dtype` is what the
+    momentum is kept in between steps.
     """
 
     def __init__(
@@ -123,6 +169,7 @@ class Muon(Optimiser):
         beta2: float = 0.0,
         dtype: torch.dtype = torch.float32,
         quintics: tuple[Quintic, ...] = POLAR,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__([{"params": list(params), "momentum": momentum, "weight_decay": weight_decay}], lr)
         self.beta2, self.dtype, self.quintics = beta2, dtype, quintics
@@ -131,9 +178,9 @@ class Muon(Optimiser):
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for weight in group["params"]:
                 by_shape[weight.shape].append(weight)
-            for weights in by_shape.values():
+            for weights in (batch for alike in by_shape.values() for batch in _batches(alike)):
                 first, (rows, columns) = weights[0], weights[0].shape
-                momentum_NRC = torch.zeros(len(weights), rows, columns, device=first.device)
+                momentum_NRC = torch.zeros(len(weights), rows, columns, device=first.device, dtype=state_dtype)
                 lines = (rows, 1) if rows >= columns else (1, columns)
                 squares_N11 = torch.zeros(len(weights), *lines, device=first.device)
                 # Views: saved and loaded by parameter name.
@@ -145,9 +192,11 @@ class Muon(Optimiser):
 
     @torch.no_grad()
     def step(self) -> None:
-        for group, weights, momentum_NRC, squares_N11 in self.stacks:
+        for group, weights, kept_NRC, squares_N11 in self.stacks:
             gradients_NRC = torch.stack([weight.grad for weight in weights])  # type: ignore[misc]
-            momentum_NRC.lerp_(gradients_NRC, 1 - group["momentum"])
+            momentum_NRC = kept_NRC.to(gradients_NRC.dtype).lerp_(gradients_NRC, 1 - group["momentum"])
+            if momentum_NRC is not kept_NRC:
+                kept_NRC.copy_(momentum_NRC)
             direction_NRC = gradients_NRC.lerp_(momentum_NRC, group["momentum"])
             update_NRC = orthogonalise(direction_NRC, self.quintics, self.dtype).to(weights[0].dtype)
             if self.beta2:
@@ -167,6 +216,12 @@ class Muon(Optimiser):
         return update_NRC * (factors * (before / after.clamp(min=TINY)).sqrt())
 
 
+def _batches(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Weights of one shape, in as few lists as STACKED allows."""
+    size = max(1, STACKED // weights[0].numel())
+    return [weights[start : start + size] for start in range(0, len(weights), size)]
+
+
 def build(model: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype, fused: bool = True) -> list[Optimiser]:
     """Optimisers over all trained parameters, their state made.
 
@@ -181,10 +236,11 @@ def build(model: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype, fused: 
         {"params": [weight for weight in others if weight.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimisers: list[Optimiser] = [AdamW(groups, optim.lr, optim.beta1, optim.beta2, optim.eps, fused)]
+    kept = {"state_dtype": getattr(torch, optim.state_dtype)}
+    optimisers: list[Optimiser] = [AdamW(groups, optim.lr, optim.beta1, optim.beta2, optim.eps, fused, **kept)]
     if inner:
-        muon = Muon(inner, optim.matrix_lr, optim.momentum, optim.weight_decay, optim.matrix_beta2, muon_dtype)
-        optimisers.append(muon)
+        rule = (optim.matrix_lr, optim.momentum, optim.weight_decay, optim.matrix_beta2)
+        optimisers.append(Muon(inner, *rule, muon_dtype, **kept))
     return optimisers
 
 

@@ -52,7 +52,7 @@ class TrainState:
         model.train()
         if config.machine.checkpointing:
             model.model.checkpoint = device.checkpointed
-        model.model.attend_by(device.query_block)
+        model.model.suit(device.query_block, device.own_norm)
         if config.machine.compile:
             for block in model.model.layers:
                 block.compile()

@@ -26,8 +26,9 @@ from siliconlm.errors import SiliconError
 from siliconlm.hardware.device import DTYPES, Device, is_out_of_memory, plain_words
 from siliconlm.hardware.doctor import MATMUL_CAP
 from siliconlm.inference.decode import OneToken
-from siliconlm.model.decoder import Attention, Block, Cache, Decoder, Rotary, rotate
+from siliconlm.model.decoder import Attention, Block, Cache, Decoder, Rotary
 from siliconlm.model.loss import chunked_loss
+from siliconlm.model.ops import rms_norm, rotate
 from siliconlm.training.optim import AdamW, Muon, build, orthogonalise
 
 Feature = Literal[
@@ -305,8 +306,8 @@ def _attention(heads: int, kv_heads: int, width: int) -> Attention:
     return Attention(ModelConfig(n_embd=8, n_head=heads, n_kv_head=kv_heads, head_dim=width), 0).eval()
 
 
-def rms_norm(at: Place) -> Named:
-    return _norms(at, lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6), ("the weight",))
+def root_mean_square_norm(at: Place, own: bool) -> Named:
+    return _norms(at, lambda x, weight: rms_norm(x, weight, 1e-6, own), ("the weight",))
 
 
 def layer_norm(at: Place) -> Named:
@@ -548,9 +549,10 @@ def _cached_logits(model: Decoder, device: Device, ids: Tensor) -> Tensor:
     return torch.cat([part.float() for part in logits], dim=1)
 
 
-def decoder(at: Place, config: ModelConfig) -> Named:
+def decoder(at: Place, config: ModelConfig, own_norm: bool) -> Named:
     """A whole model's loss and gradients: what the parts may not show, one after the other they may."""
     model = at.module(Decoder(config)).train()
+    model.model.suit(0, own_norm)
     ids = at.ids(config.vocab_size, 2, 49)
     loss = model.losses(ids[:, :-1], ids[:, 1:]).mean()
     loss.backward()
@@ -577,7 +579,7 @@ def checks(device: Device) -> Iterator[Check]:
         yield _on_cpu("attention by blocks", "always", attention, 4, 2, 40, matmuls=True)
     yield _on_cpu("cached attention", "cached_decoding", cached_attention, 4, 4, matmuls=True)
     yield _on_cpu("cached attention, grouped", "cached_decoding", cached_attention, 4, 2, matmuls=True)
-    yield _on_cpu("rms_norm", "always", rms_norm)
+    yield _on_cpu("rms_norm", "always", root_mean_square_norm, device.own_norm)
     yield _on_cpu("layer_norm", "gpt2_shape", layer_norm)
     yield _on_cpu("rotary positions", "always", rotary)
     yield _on_cpu("silu", "always", swiglu)
@@ -596,8 +598,10 @@ def checks(device: Device) -> Iterator[Check]:
     yield Check("Muon", "muon", muon, COARSE if few else ROUNDING, overall, not few, {"muon"})
     yield Check("dropout", "dropout", dropout, ROUNDING, largest)
     yield Check("checkpointing", "checkpointing", checkpointing, ROUNDING, largest, after={"dropout"})
-    yield _on_cpu("whole model", "always", decoder, TINY, matmuls=True, after={"always"})
-    yield _on_cpu("whole model, GPT-2", "gpt2_shape", decoder, GPT2, matmuls=True, after={"always", "gpt2_shape"})
+    yield _on_cpu("whole model", "always", decoder, TINY, device.own_norm, matmuls=True, after={"always"})
+    yield _on_cpu(
+        "whole model, GPT-2", "gpt2_shape", decoder, GPT2, False, matmuls=True, after={"always", "gpt2_shape"}
+    )
     yield _half("bfloat16")
     if not device.resident:
         yield _half("float16")

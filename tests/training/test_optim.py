@@ -65,6 +65,38 @@ def trained(optimiser: type, shapes: list[tuple[int, int]], steps: int, **option
     return [weight.detach() for weight in weights]
 
 
+def test_batches_of_matrices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(24, 24)] * 5 + [(16, 40)] * 3
+    expected = trained(Muon, shapes, 4, beta2=0.9)
+    monkeypatch.setattr(optim, "STACKED", 2 * 24 * 24)
+    for got, want in zip(trained(Muon, shapes, 4, beta2=0.9), expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_moments_in_bfloat16_take_half_and_move_the_weights_nearly_alike(config: Config, name: str) -> None:
+    ends, sizes = [], []
+    for state_dtype in ("float32", "bfloat16"):
+        model = Decoder(config().model)
+        model.initialise(1)
+        start = model.lm_head.weight.detach().clone(), model.model.layers[0].mlp.up_proj.weight.detach().clone()
+        optimisers = optim.build(
+            model, OptimConfig.model_validate({"name": name, "state_dtype": state_dtype}), torch.float32
+        )
+        for step in range(10):
+            for index, weight in enumerate(model.parameters()):
+                weight.grad = matrices(weight.shape, index) + matrices(weight.shape, 100 + step + index)
+            for optimiser in optimisers:
+                optimiser.step()
+        tensors = optim.state_tensors(model, optimisers)
+        sizes.append(sum(t.nbytes for key, t in tensors.items() if key.endswith(("exp_avg", "exp_avg_sq", "_buffer"))))
+        assert {t.dtype for key, t in tensors.items() if "norm" in key} == {torch.float32}
+        ends.append([model.lm_head.weight - start[0], model.model.layers[0].mlp.up_proj.weight - start[1]])
+    assert 0.5 <= sizes[1] / sizes[0] < 0.55
+    for exact, narrow in zip(*ends, strict=True):
+        assert 0 < (exact - narrow).norm() < 0.02 * exact.norm()
+
+
 def test_three_quintics_come_as_near_as_jordans_five() -> None:
     values = ours = theirs = torch.logspace(-2, 0, 1000, dtype=torch.float64)
     for a, b, c in POLAR:
@@ -246,8 +278,11 @@ def test_the_rate_is_scaled_from_its_peak_each_time(config: Config) -> None:
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_state_comes_back_and_the_next_steps_are_the_same(config: Config, name: str, tied: bool) -> None:
-    settings = OptimConfig(name=name)
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_state_comes_back_and_the_next_steps_are_the_same(
+    config: Config, name: str, tied: bool, state_dtype: str
+) -> None:
+    settings = OptimConfig.model_validate({"name": name, "state_dtype": state_dtype})
 
     def fresh() -> tuple[Decoder, list[optim.Optimiser]]:
         model = Decoder(config(model__tied=tied).model)
