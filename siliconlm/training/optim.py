@@ -128,7 +128,7 @@ class AdamW(Optimiser):
         )
         adamw(
             weights,
-            [weight.grad for weight in weights],  # type: ignore[misc]
+            [weight.grad for weight in weights],
             means,
             squares,
             [],
