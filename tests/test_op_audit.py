@@ -96,8 +96,7 @@ def configured(shape: str, **settings: Any) -> RunConfig:
 def one_step(config: RunConfig, device: Device) -> Callable[[], object]:
     """A whole optimiser step of two micro-batches, after one that makes the optimisers' state."""
     state = TrainState.new(config, device)
-    there = Device("mps", torch.float32, 1)
-    state.model.model.suit(there.query_block, there.own_norm)  # as training does there
+    state.suit(Device("mps", torch.float32, 1))  # as training does there
     sequences = np.random.default_rng(0).integers(0, 320, (config.sequences_per_step, config.model.context + 1))
 
     def work() -> object:

@@ -11,6 +11,7 @@ Parameters are named as the Hugging Face files name them (Qwen3/Llama), so readi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 
 from siliconlm.config import ModelConfig
 from siliconlm.model.attention import block_attention
-from siliconlm.model.loss import chunk_rows, chunked_loss
-from siliconlm.model.ops import rms_norm, rotate
+from siliconlm.model.loss import chunk_rows, chunked_loss, matmul_dtype
+from siliconlm.model.ops import remade, rms_norm, rotate, swiglu
 
 Checkpoint = Callable[..., Any]
+REMADE_WIDTH = 256  # of narrower models operators are as dear as their arithmetic
 
 
 class Cache:
@@ -127,14 +129,17 @@ class Trunk(nn.Module):
         self.rotary = Rotary(config) if config.position == "rope" else None
         self.checkpoint: Checkpoint | None = None  # set by training: recomputes each block in the backward pass
 
-    def suit(self, query_block: int, own_norm: bool) -> None:
+    def suit(self, query_block: int, own_norm: bool, remake: bool) -> None:
         """Take the operators that suit a device in training: attention by blocks of so many queries where there is no
-        cache (0 takes torch's), and an RMSNorm of our own."""
+        cache (0 takes torch's); an RMSNorm of our own; and what is cheap made again in the backward pass. A narrow
+        model has little to save by the last."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.query_block = query_block
             elif isinstance(module, RMSNorm):
                 module.own = own_norm
+            elif isinstance(module, Block | SwiGLU | GeluMLP):
+                module.remake = remake and self.config.n_embd >= REMADE_WIDTH
 
     def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         start = cache.length if cache else 0
@@ -162,10 +167,16 @@ class Block(nn.Module):
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = make_norm(config, config.n_embd)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)
+        self.remake = False  # see Trunk.suit
 
     def forward(self, x_BTC: Tensor, angles: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), angles, cache)
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+        x_BTC = x_BTC + self._normed(self.input_layernorm, x_BTC, self.self_attn, angles, cache)
+        return x_BTC + self._normed(self.post_attention_layernorm, x_BTC, self.mlp)
+
+    def _normed(self, norm: nn.Module, x_BTC: Tensor, part: nn.Module, *inputs: Any) -> Tensor:
+        """part(norm(x)). Autocast would convert the norm's result anew for each matmul."""
+        dtype = matmul_dtype(x_BTC)
+        return applied(part, lambda: norm(x_BTC).to(dtype), self.remake, *inputs)
 
 
 class Attention(nn.Module):
@@ -220,14 +231,15 @@ class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.remake = False  # see Trunk.suit
         self.gate_proj = Linear(config.n_embd, config.n_ff, bias=config.bias)
         self.up_proj = Linear(config.n_embd, config.n_ff, bias=config.bias)
         self.down_proj = Linear(config.n_ff, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return F.dropout(
-            self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC)), self.dropout, self.training
-        )
+        gate, up = self.gate_proj(x_BTC), self.up_proj(x_BTC)
+        make = (lambda: swiglu(gate, up)) if self.remake else (lambda: F.silu(gate) * up)
+        return F.dropout(applied(self.down_proj, make, self.remake), self.dropout, self.training)
 
 
 class GeluMLP(nn.Module):
@@ -236,11 +248,21 @@ class GeluMLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.remake = False  # see Trunk.suit
         self.up_proj = Linear(config.n_embd, config.n_ff, bias=config.bias)
         self.down_proj = Linear(config.n_ff, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return F.dropout(self.down_proj(F.gelu(self.up_proj(x_BTC), approximate="tanh")), self.dropout, self.training)
+        up = self.up_proj(x_BTC)
+        hidden = applied(self.down_proj, lambda: F.gelu(up, approximate="tanh"), self.remake)
+        return F.dropout(hidden, self.dropout, self.training)
+
+
+def applied(part: nn.Module, make: Callable[[], Tensor], remake: bool, *inputs: Any) -> Tensor:
+    """part(make()). `remake`: what was made is not kept for the backward pass, but made again."""
+    made = make()
+    with remade(made, make) if remake and torch.is_grad_enabled() else nullcontext():
+        return part(made, *inputs)
 
 
 class Linear(nn.Linear):

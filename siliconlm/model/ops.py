@@ -1,10 +1,13 @@
-"""RMSNorm and rotary positions with backward passes of our own: torch's composed ones read and keep far more.
+"""Operators whose backward passes read and keep less than those that torch composes (docs/experiments.md has figures).
 
-Forward and backward together they take 0.3 to 0.6 of the time on a CPU (docs/experiments.md), and half of the memory.
+RMSNorm, rotary positions and SwiGLU; and `remade`, for what is cheap to make a second time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch.autograd.function import once_differentiable
 def rms_norm(x: Tensor, weight_C: Tensor, eps: float, own: bool) -> Tensor:
     """x / rms(x) * weight over the last axis, in float32 inside (Zhang & Sennrich 2019).
 
-    `own`: with gradients, the one here, which keeps a single tensor like x. Without them torch's is as good.
+    `own`: with gradients, the one here, which keeps x alone. Without them torch's is as good.
     """
     if own and torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight_C, eps)  # type: ignore[no-untyped-call]
@@ -29,19 +32,18 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         exact = _exact(x)
         scale = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
-        unit = (exact * scale).to(x.dtype)
-        ctx.save_for_backward(unit, weight_C, scale)
-        return unit * weight_C.to(x.dtype)
+        ctx.save_for_backward(x, weight_C, scale)
+        return (exact * scale).to(x.dtype) * weight_C.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        kept, weight_C, scale = ctx.saved_tensors
-        unit, dy, width = _exact(kept), _exact(dy), dy.size(-1)
+        x, weight_C, scale = ctx.saved_tensors
+        unit, dy, width = _exact(x) * scale, _exact(dy), dy.size(-1)
         products_NC = (dy * unit).reshape(-1, width)
         along = (products_NC @ weight_C.to(unit.dtype)).view(scale.shape)
         dx = (dy * weight_C).addcmul_(unit, along, value=-1 / width).mul_(scale)
-        return dx.to(kept.dtype), products_NC.sum(0).to(weight_C.dtype), None
+        return dx.to(x.dtype), products_NC.sum(0).to(weight_C.dtype), None
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -75,3 +77,54 @@ def _turned(x_BTHD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     cos_THD, sin_THD = (part.to(exact_BTHD.dtype).expand(x_BTHD.shape[1:]).contiguous() for part in (cos_T1D, sin_T1D))
     swapped_BTHD = exact_BTHD.roll(x_BTHD.size(-1) // 2, -1)
     return (exact_BTHD * cos_THD).addcmul_(swapped_BTHD, sin_THD).to(x_BTHD.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; keeps these two alone."""
+    return _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+@contextmanager
+def remade(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """What is computed from a contiguous `tensor` in here keeps no tensor for its backward pass: it calls `make`.
+
+    `make` has to give the same numbers again, and keeps what it needs. Once is enough for all that ask.
+    """
+    again, storage, numbers = _Again(make), tensor.untyped_storage()._cdata, tensor.numel()
+
+    def pack(kept: Tensor) -> Tensor | tuple[_Again, torch.Size]:
+        same = kept.untyped_storage()._cdata == storage and kept.numel() == numbers and kept.is_contiguous()
+        return (again, kept.shape) if same else kept
+
+    def unpack(kept: Tensor | tuple[_Again, torch.Size]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[0]().view(kept[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+@dataclass(slots=True)
+class _Again:
+    """Goes, and what it made with it, when the backward pass is through with all that asked for it."""
+
+    make: Callable[[], Tensor]
+    made: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.made is None:
+            with torch.no_grad():
+                self.made = self.make()
+        return self.made

@@ -52,15 +52,22 @@ class TrainState:
         model.train()
         if config.machine.checkpointing:
             model.model.checkpoint = device.checkpointed
-        model.model.suit(device.query_block, device.own_norm)
         if config.machine.compile:
             for block in model.model.layers:
                 block.compile()
         optimisers = optim.build(model, config.optim, device.orthogonalising_dtype(), config.machine.fused)
         state = cls(config, device, model, optimisers, scaler)
+        state.suit(device)
         if config.train.ema:
             state.ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         return state
+
+    def suit(self, device: Device) -> None:
+        """Give the model the operators that suit a device. A block that is recomputed or compiled as a whole decides
+        for itself what it keeps."""
+        machine = self.config.machine
+        remake = not (machine.checkpointing or machine.compile)
+        self.model.model.suit(device.query_block, device.own_norm, remake)
 
     @torch.no_grad()
     def average(self) -> None:

@@ -159,7 +159,7 @@ def _forecast(config: RunConfig, device: Device, malloc: Malloc | None) -> Forec
     assert micro is not None and config.model.vocab_size
     with _dry(device, malloc) as (stand_in, ledger):
         state = _state(config, stand_in, ledger)
-        state.model.model.suit(device.query_block, device.own_norm)  # not the stand-in's
+        state.suit(device)  # not the stand-in's
         accumulate(state, _sequences(config, min(2, config.sequences_per_step // micro)))
         update(state, 1.0)
         evaluate_once(state, _sequences(config, 1, evaluation_batch(config.model.context, micro)))

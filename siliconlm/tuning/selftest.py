@@ -552,7 +552,7 @@ def _cached_logits(model: Decoder, device: Device, ids: Tensor) -> Tensor:
 def decoder(at: Place, config: ModelConfig, own_norm: bool) -> Named:
     """A whole model's loss and gradients: what the parts may not show, one after the other they may."""
     model = at.module(Decoder(config)).train()
-    model.model.suit(0, own_norm)
+    model.model.suit(0, own_norm, remake=False)
     ids = at.ids(config.vocab_size, 2, 49)
     loss = model.losses(ids[:, :-1], ids[:, 1:]).mean()
     loss.backward()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,11 @@ from torch import Tensor
 
 from siliconlm.config import ModelConfig
 from siliconlm.model.decoder import Decoder, Rotary
-from siliconlm.model.ops import rms_norm, rotate
+from siliconlm.model.families import FEATURES
+from siliconlm.model.ops import remade, rms_norm, rotate, swiglu
+from siliconlm.tuning.memory import Ledger
+
+Random = Callable[..., Decoder]
 
 
 def made(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -84,14 +91,73 @@ def test_rotary_angles_are_of_the_places_asked_for() -> None:
     torch.testing.assert_close(sin[0, 0].double(), torch.cat((-angles.sin(), angles.sin())), atol=1e-6, rtol=1e-6)
 
 
-def test_a_model_trains_the_same_with_either_norm() -> None:
-    model = Decoder(ModelConfig(n_layer=2, n_embd=32, n_ff=48, vocab_size=64, context=16))
-    model.initialise(3)
+def test_swiglu_and_its_gradients_are_the_formulas() -> None:
+    gate, up, dy = made(3, 5), made(3, 7)[:, :5], made(5, 3).detach().mT
+    ours, theirs = swiglu(gate, up), F.silu(gate) * up
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    got, expected = (torch.autograd.grad(y, (gate, up), dy) for y in (ours, theirs))
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+
+WIDE = {"n_layer": 2, "n_embd": 256, "n_head": 4, "n_kv_head": 2, "n_ff": 320, "vocab_size": 64, "context": 16}
+
+
+@pytest.mark.parametrize("features", [{}, FEATURES["gpt2"]], ids=["qwen3", "gpt2"])
+def test_a_model_trains_the_same_with_what_suits_a_device(features: dict[str, Any], random_model: Random) -> None:
+    model = random_model(ModelConfig(**(WIDE | ({"n_kv_head": 4} if features else {}) | features)))
     ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
     gradients = []
-    for own in (False, True):
-        model.model.suit(0, own_norm=own)
+    for own_norm, remake in ((False, False), (True, False), (False, True), (True, True)):
+        model.model.suit(0, own_norm, remake)
         model.zero_grad()
         model.loss(ids, ids.roll(-1, 1)).backward()
         gradients.append([weight.grad for weight in model.parameters()])
-    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-5)
+    for others in gradients[1:]:
+        torch.testing.assert_close(others, gradients[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("features", [{}, FEATURES["gpt2"]], ids=["qwen3", "gpt2"])
+def test_what_is_made_again_is_not_kept(features: dict[str, Any], random_model: Random) -> None:
+    """Per block: what the norms and the activation gave, and of SwiGLU what silu gave."""
+    config = ModelConfig(**(WIDE | ({"n_kv_head": 4} if features else {}) | features))
+    model = random_model(config)
+    sizes = []
+    for remake in (False, True):
+        model.model.suit(0, own_norm=True, remake=remake)
+        sizes.append(kept_bytes(model))
+    tokens, activations = 2 * 16, 1 if features else 2
+    assert sizes[0] - sizes[1] == 4 * tokens * config.n_layer * (2 * config.n_embd + activations * config.n_ff)
+
+
+def kept_bytes(model: Decoder) -> int:
+    """What is there after a forward pass and was not before it."""
+    with Ledger(torch.device("cpu"), None, False, False) as ledger:
+        logits = model(torch.zeros(2, 16, dtype=torch.long))
+    assert logits.requires_grad
+    return ledger.total
+
+
+def test_one_that_is_made_again_serves_all_that_ask() -> None:
+    x, weights, calls = made(4, 6), [made(6, 6), made(6, 6)], 0
+
+    def make() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x.tanh()
+
+    y = make()
+    with remade(y, make):
+        products = [y @ weight for weight in weights]
+    sum(products).sum().backward()  # type: ignore[union-attr]
+    assert calls == 2, "once forward, once backward"
+    for weight in weights:
+        torch.testing.assert_close(weight.grad, x.detach().tanh().sum(0)[:, None].expand(6, 6))
+
+
+def test_nothing_else_is_made_again() -> None:
+    x, other = made(4, 4), made(4, 4)
+    y = x.exp()
+    with remade(y, lambda: pytest.fail("asked for a tensor that is kept")):
+        z = other.exp() * 2
+    z.sum().backward()
+    torch.testing.assert_close(other.grad, 2 * other.detach().exp())
