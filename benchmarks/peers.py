@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -24,6 +25,8 @@ from siliconlm.model.families import FEATURES, to_hf_tensors
 from siliconlm.model.weights import model_files, write_tensors
 from siliconlm.training.loop import train_step
 from siliconlm.training.state import TrainState
+
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # read when it is imported
 
 SEQUENCES, LENGTH = 4, 512
 STEPS = 3  # measured, after one that warms up

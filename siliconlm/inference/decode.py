@@ -4,14 +4,17 @@ At a million parameters starting an operator takes longer than its arithmetic. S
 that follows, projections that read the same input are one, and QK-norm's weights go into the rotary tables. The
 numbers are the decoder's but for rounding.
 
+On a CPU NumPy takes the place of torch, whose operators take two to three times as long to start.
+
 Letters as in decoder.py; N is all heads that are rotated (queries and keys), P the outputs of a joined matmul.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +22,7 @@ from torch import Tensor
 from siliconlm.config import ModelConfig
 from siliconlm.model.decoder import Attention, Block, Cache, Decoder, SwiGLU
 
+Array = np.ndarray[Any, np.dtype[np.float32]]
 LARGEST = 1 << 30  # bytes of weights; beyond, starting operators is nothing, and the copies are much
 
 
@@ -29,16 +33,22 @@ def can_fold(config: ModelConfig, size: int) -> bool:
 
 
 class Folded(NamedTuple):
-    """A block's weights, joined."""
+    """A block's weights, joined: tensors, or arrays."""
 
-    qkv_PC: Tensor
-    cos_TND: Tensor
-    sin_TND: Tensor
-    o_CP: Tensor
-    gate_up_PC: Tensor
-    down_CF: Tensor
-    keys: Tensor  # the cache's, by sequence and key head: [B * K, context, D]
-    values: Tensor
+    qkv_PC: Any
+    cos_TND: Any
+    sin_TND: Any
+    o_CP: Any
+    gate_up_PC: Any
+    down_CF: Any
+    keys: Any  # the cache's, by sequence and key head: [B * K, context, D]
+    values: Any
+
+
+def one_token(model: Decoder, cache: Cache) -> OneToken:
+    """The step for where the cache is, and for its precision, which NumPy has to know."""
+    keys = cache.keys[0]
+    return (OnHost if keys.dtype == torch.float32 and keys.is_cpu else OneToken)(model, cache)
 
 
 class OneToken:
@@ -87,6 +97,46 @@ class OneToken:
     def normed(self, x_BC: Tensor) -> Tensor:
         """x / sqrt(sum of squares + width * epsilon): RMSNorm but for the factors that are in the next matrix."""
         return x_BC / torch.hypot(_length(x_BC), self.floor_C)
+
+
+class OnHost(OneToken):
+    """The same in NumPy, on views of the weights and of the cache."""
+
+    @torch.no_grad()
+    def __init__(self, model: Decoder, cache: Cache) -> None:
+        super().__init__(model, cache)
+        self.floors = float(self.floor_C.square()), float(self.floor_D.square())
+        self.embedding, self.head = self.embedding_VC.detach().numpy(), self.head_VC.numpy()
+        self.arrays = [Folded(*(part.detach().numpy() for part in block)) for block in self.blocks]
+
+    def __call__(self, ids_B: Tensor) -> Tensor:
+        config, place, batch = self.config, self.cache.length, ids_B.size(0)
+        queries, rotated, half = config.n_head, config.n_head + config.n_kv_head, config.head_dim // 2
+        x_BC = self.embedding[ids_B.numpy()]
+        for block in self.arrays:
+            heads_BND = (_unit(x_BC, self.floors[0]) @ block.qkv_PC.T).reshape(batch, -1, config.head_dim)
+            qk_BND = heads_BND[:, :rotated]
+            if config.qk_norm:
+                qk_BND = _unit(qk_BND, self.floors[1])
+            turned_BND = np.concatenate((qk_BND[..., half:], qk_BND[..., :half]), axis=-1)
+            qk_BND = qk_BND * block.cos_TND[place] + turned_BND * block.sin_TND[place]
+            block.keys[:, place] = qk_BND[:, queries:].reshape(-1, config.head_dim)
+            block.values[:, place] = heads_BND[:, rotated:].reshape(-1, config.head_dim)
+            q = qk_BND[:, :queries].reshape(len(block.keys), -1, config.head_dim)
+            scores = q @ block.keys[:, : place + 1].transpose(0, 2, 1)
+            chances = np.exp(scores - scores.max(-1, keepdims=True))
+            y = (chances / chances.sum(-1, keepdims=True)) @ block.values[:, : place + 1]
+            x_BC = x_BC + y.reshape(batch, -1) @ block.o_CP.T
+            gate_BF, up_BF = np.split(_unit(x_BC, self.floors[0]) @ block.gate_up_PC.T, 2, axis=-1)
+            # exp overflows beyond 88, where silu is 0 all the same.
+            x_BC = x_BC + (gate_BF * up_BF / (1 + np.exp(-gate_BF.clip(min=-80)))) @ block.down_CF.T
+        self.cache.length += 1
+        return torch.from_numpy(_unit(x_BC, self.floors[0]) @ self.head.T)
+
+
+def _unit(x: Array, floor: float) -> Array:
+    """x / sqrt(sum of squares + floor) over the last axis."""
+    return x / np.sqrt(np.einsum("...c,...c->...", x, x) + floor)[..., None]
 
 
 def _length(x: Tensor) -> Tensor:
