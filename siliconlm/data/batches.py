@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,7 @@ def _mixed(values: Words) -> Words:
     return values ^ values >> np.uint64(31)
 
 
+@lru_cache(maxsize=64)  # those of an epoch are asked for at every step
 def _key(*numbers: int) -> int:
     """One 64-bit word that depends on all the numbers and their order."""
     state = 0
