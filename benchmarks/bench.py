@@ -1,6 +1,6 @@
 """Speed, as ratios in one run on one machine: the work, a yardstick, ours.
 
-    python benchmarks/bench.py --text input.txt [--only loss step sample start data] [--full] [--json FILE]
+    python benchmarks/bench.py --text input.txt [--only loss step memory sample start data] [--full] [--json FILE]
 
 `input.txt` is tiny Shakespeare, which `silicon prepare shakespeare` downloads. Both sides of a row take turns in
 processes of their own and medians are quoted. Prints a table, and writes it as JSON. `--full` adds the GPT-2 124M step.
@@ -100,14 +100,31 @@ def loss(text: Path, full: bool) -> Iterator[Row]:
 def step(text: Path, full: bool) -> Iterator[Row]:
     """A training step of GPT-2's shape against transformers with torch's AdamW: speed and peak memory."""
     for name, shape in [("medium", MEDIUM), *([("GPT-2 124M", GPT2)] if full else [])]:
-        sides = in_turns({side: ("step", side, json.dumps(shape)) for side in ("theirs", "ours")})
+        sides = in_turns({side: ("step", side, json.dumps(shape)) for side in ("theirs", "ours", "narrow")})
         speeds = {side: statistics.median(turn["tokens_per_s"] for turn in found) for side, found in sides.items()}
         peaks = {side: min(turn["peak"] for turn in found) for side, found in sides.items()}
         work = f"training step, {name} shape, 4 x 512, float32"
         words = {side: f"{speeds[side]:,.0f} tokens/s" for side in speeds}
         yield Row(work, words["theirs"], words["ours"], speeds["ours"] / speeds["theirs"], 1.5)
         words = {side: f"{peaks[side] / 1e9:.2f} GB" for side in peaks}
-        yield Row("its peak memory", words["theirs"], words["ours"], peaks["theirs"] / peaks["ours"], 2.0)
+        for work, side in (("its peak memory", "ours"), ("its peak memory, moments in bfloat16", "narrow")):
+            yield Row(work, words["theirs"], words[side], peaks["theirs"] / peaks[side], 2.0)
+        yield Row(
+            "its speed, moments in bfloat16",
+            "float32",
+            f"{speeds['narrow']:,.0f}",
+            speeds["narrow"] / speeds["ours"],
+            1.0,
+        )
+
+
+def memory(text: Path, full: bool) -> Iterator[Row]:
+    """Peak memory of training the larger presets, one sequence of 1,024 tokens at a time."""
+    for name, most in (("medium", 4e9), ("large", 6e9)):
+        peak = peer("preset", name)["peak"]
+        yield Row(
+            f"peak memory, {name}, 1 x 1,024", f"at most {most / 1e9:.0f} GB", f"{peak / 1e9:.2f} GB", most / peak, 1.0
+        )
 
 
 def sample(text: Path, full: bool) -> Iterator[Row]:
@@ -149,6 +166,7 @@ def data(text: Path, full: bool) -> Iterator[Row]:
 PARTS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
     "loss": loss,
     "step": step,
+    "memory": memory,
     "sample": sample,
     "start": start,
     "data": data,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from siliconlm.config import Layer, MachineConfig, ModelConfig, SampleConfig, resolve
+from siliconlm.config import Layer, MachineConfig, ModelConfig, SampleConfig, read_profile, resolve
 from siliconlm.data.prepare import prepare
 from siliconlm.data.tokenizer import bpe_tokenizer, byte_tokenizer
 from siliconlm.hardware.device import open_device, peak_resident
@@ -41,7 +41,7 @@ def step(side: str, words: str) -> dict[str, float]:
     """Tokens/s and peak resident bytes of training GPT-2's shape, 4 sequences of 512 tokens a step."""
     shape: dict[str, int] = json.loads(words)
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, shape["vocab_size"], (SEQUENCES, LENGTH + 1)))
-    once = theirs(shape, ids) if side == "theirs" else ours(shape, ids)
+    once = theirs(shape, ids) if side == "theirs" else ours(shape, ids, "bfloat16" if side == "narrow" else "float32")
     once()
     begun = time.perf_counter()
     for _ in range(STEPS):
@@ -77,16 +77,33 @@ def theirs(shape: dict[str, int], ids: torch.Tensor) -> Callable[[], None]:
     return once
 
 
-def ours(shape: dict[str, int], ids: torch.Tensor) -> Callable[[], None]:
+def ours(shape: dict[str, int], ids: torch.Tensor, moments: str) -> Callable[[], None]:
     heads = shape["n_head"]
     gpt2: dict[str, Any] = {f"model.{name}": value for name, value in shape.items() if name != "context"}
     gpt2 |= {"model.n_kv_head": heads, "model.head_dim": shape["n_embd"] // heads, "model.context": LENGTH}
     gpt2 |= {"model.norm": "layernorm", "model.position": "learned", "model.mlp": "gelu", "model.qk_norm": False}
-    gpt2 |= {"model.bias": True, "optim.name": "adamw", "train.tokens_per_step": SEQUENCES * LENGTH}
+    gpt2 |= {
+        "model.bias": True,
+        "optim.name": "adamw",
+        "optim.state_dtype": moments,
+        "train.tokens_per_step": SEQUENCES * LENGTH,
+    }
     machine = {"machine.micro_batch": SEQUENCES, "machine.chunked_loss": True}
     config = resolve(Layer("benchmark", {"machine.device": "cpu", **gpt2, **machine}))
     state = TrainState.new(config, open_device(config.machine))
     return lambda: train_step(state, ids.numpy(), 0.01) and None
+
+
+def preset(name: str) -> dict[str, float]:
+    """Peak resident bytes of training a preset, one sequence of 1,024 tokens at a time."""
+    shape = {"model.context": 1024, "model.vocab_size": 32_000, "train.tokens_per_step": 2048}
+    machine = {"machine.device": "cpu", "machine.micro_batch": 1, "machine.chunked_loss": True}
+    config = resolve(read_profile(name, kind="preset"), Layer("benchmark", shape | machine))
+    state = TrainState.new(config, open_device(config.machine))
+    sequences = np.random.default_rng(1).integers(0, 32_000, (2, 1025))
+    for _ in range(2):
+        train_step(state, sequences, 0.01)
+    return {"peak": peak_resident(), "parameters": state.model.count_parameters()}
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -178,5 +195,10 @@ def tokens(side: str, text: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parts: dict[str, Callable[..., dict[str, float]]] = {"step": step, "sample": sample, "tokens": tokens}
+    parts: dict[str, Callable[..., dict[str, float]]] = {
+        "step": step,
+        "preset": preset,
+        "sample": sample,
+        "tokens": tokens,
+    }
     print(json.dumps(parts[sys.argv[1]](*sys.argv[2:])))

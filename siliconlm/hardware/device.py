@@ -330,6 +330,14 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def calm_blas() -> None:
+    """One thread for NumPy's matrix products, from here on: they are small, and threads would wait for each other as
+    in `Device.few_threads`."""
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+
+
 def bfloat16_speed(kind: str, size: int = 512) -> float:
     """How many times faster a bfloat16 matmul is than a float32 one on this device (below 1: slower). Takes < 1 s."""
     wait = Device(kind, torch.float32, 0).synchronise

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siliconlm.config import ModelConfig
+from siliconlm.hardware.device import calm_blas
 from siliconlm.model.decoder import Attention, Block, Cache, Decoder, SwiGLU
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -45,10 +46,13 @@ class Folded(NamedTuple):
     values: Any
 
 
-def one_token(model: Decoder, cache: Cache) -> OneToken:
-    """The step for where the cache is, and for its precision, which NumPy has to know."""
+def one_token(model: Decoder, cache: Cache, few: bool) -> OneToken:
+    """The step for where the cache is. NumPy has float32 alone, and is for models of `few` bytes."""
     keys = cache.keys[0]
-    return (OnHost if keys.dtype == torch.float32 and keys.is_cpu else OneToken)(model, cache)
+    if not few or keys.dtype != torch.float32 or not keys.is_cpu:
+        return OneToken(model, cache)
+    calm_blas()
+    return OnHost(model, cache)
 
 
 class OneToken:
@@ -127,16 +131,17 @@ class OnHost(OneToken):
             chances = np.exp(scores - scores.max(-1, keepdims=True))
             y = (chances / chances.sum(-1, keepdims=True)) @ block.values[:, : place + 1]
             x_BC = x_BC + y.reshape(batch, -1) @ block.o_CP.T
-            gate_BF, up_BF = np.split(_unit(x_BC, self.floors[0]) @ block.gate_up_PC.T, 2, axis=-1)
+            both_BP = _unit(x_BC, self.floors[0]) @ block.gate_up_PC.T
+            gate_BF, up_BF = both_BP[:, : config.n_ff], both_BP[:, config.n_ff :]
             # exp overflows beyond 88, where silu is 0 all the same.
-            x_BC = x_BC + (gate_BF * up_BF / (1 + np.exp(-gate_BF.clip(min=-80)))) @ block.down_CF.T
+            x_BC = x_BC + (gate_BF * up_BF / (1 + np.exp(-np.maximum(gate_BF, -80)))) @ block.down_CF.T
         self.cache.length += 1
         return torch.from_numpy(_unit(x_BC, self.floors[0]) @ self.head.T)
 
 
 def _unit(x: Array, floor: float) -> Array:
     """x / sqrt(sum of squares + floor) over the last axis."""
-    return x / np.sqrt(np.einsum("...c,...c->...", x, x) + floor)[..., None]
+    return x / np.sqrt(np.vecdot(x, x) + floor)[..., None]
 
 
 def _length(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,9 @@ def sample(logits_V: Tensor, seen: list[int], settings: SampleConfig, generator:
         return int(logits_V.argmax())
     probabilities = filtered(torch.softmax(logits_V / settings.temperature, -1), settings)
     # The inverse of the distribution at one uniform number in (0, 1]: never at a token of probability 0.
-    sums_V = probabilities.cumsum(0, dtype=torch.float64)
+    sums_V = np.cumsum(probabilities.numpy(), dtype=np.float64)
     share = 1 - float(torch.rand(1, generator=generator, dtype=torch.float64))
-    return int(torch.searchsorted(sums_V, share * float(sums_V[-1])))
+    return int(np.searchsorted(sums_V, share * sums_V[-1]))
 
 
 def penalise(logits_V: Tensor, seen: Tensor, penalty: float) -> Tensor:

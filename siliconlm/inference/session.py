@@ -12,7 +12,7 @@ from siliconlm.config import SampleConfig
 from siliconlm.data.tokenizer import Tokenizer
 from siliconlm.errors import SiliconError
 from siliconlm.events import Sampled
-from siliconlm.hardware.device import Device
+from siliconlm.hardware.device import FEW_BYTES, Device
 from siliconlm.inference.decode import can_fold, one_token
 from siliconlm.inference.sampler import sample
 from siliconlm.model.decoder import Cache, Decoder
@@ -28,7 +28,8 @@ class Session:
         self.device = device
         self.cache = Cache(model.config, batch, device.torch_device, device.dtype)
         self.size = sum(weight.nbytes for weight in model.parameters())
-        self.one_token = one_token(model, self.cache) if can_fold(model.config, self.size) else None
+        few = self.size < FEW_BYTES
+        self.one_token = one_token(model, self.cache, few) if can_fold(model.config, self.size) else None
         self.ids: list[list[int]] = [[] for _ in range(batch)]
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import threadpoolctl
 import torch
 
 from siliconlm.config import ModelConfig
@@ -95,10 +96,16 @@ def test_large_activations_overflow_nothing() -> None:
     torch.testing.assert_close(stepped, whole, atol=1e-2 * float(whole.abs().max()), rtol=0)
 
 
-def test_numpy_is_for_float32_on_a_cpu() -> None:
+def test_numpy_is_for_small_models_in_float32_on_a_cpu() -> None:
     model = made()
-    for dtype, expected in ((torch.float32, OnHost), (torch.bfloat16, OneToken)):
-        assert type(one_token(model, Cache(model.config, 1, torch.device("cpu"), dtype))) is expected
+    for dtype, few, expected in (
+        (torch.float32, True, OnHost),
+        (torch.float32, False, OneToken),
+        (torch.bfloat16, True, OneToken),
+    ):
+        assert type(one_token(model, Cache(model.config, 1, torch.device("cpu"), dtype), few)) is expected
+    blas = [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    assert set(blas) <= {1}
 
 
 def test_which_models_have_it() -> None:
