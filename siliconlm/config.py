@@ -168,10 +168,10 @@ class OptimConfig(Section):
     name: Literal["muon", "adamw"] = Field("muon", description="muon: Muon for matrices, AdamW for the rest")
     lr: float = Field(6e-3, gt=0, description="AdamW's peak learning rate")
     matrix_lr: float = Field(0.02, gt=0, description="Muon's peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
+    beta1: float = Field(0.8, ge=0, lt=1, description="AdamW's first moment decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment decay")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Muon's momentum")
     matrix_beta2: float = Field(0.95, ge=0, lt=1, description="decay of NorMuon's mean squares; 0 is plain Muon")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices")
     state_dtype: Literal["float32", "bfloat16"] = Field(
