@@ -197,7 +197,9 @@ def test_adamw_steps_as_torchs_plain_loop_does(config: Config) -> None:
     model, twin = Decoder(config().model), Decoder(config().model)
     for each in (model, twin):
         each.initialise(1)
-    (ours,) = optim.build(model, OptimConfig(name="adamw", lr=0.01, beta1=0.9, beta2=0.9, weight_decay=0.2), torch.float32)
+    (ours,) = optim.build(
+        model, OptimConfig(name="adamw", lr=0.01, beta1=0.9, beta2=0.9, weight_decay=0.2), torch.float32
+    )
     decayed = [weight for weight in twin.parameters() if weight.dim() > 1]
     plain = [weight for weight in twin.parameters() if weight.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.2}, {"params": plain, "weight_decay": 0.0}]
