@@ -4,7 +4,8 @@ At a million parameters starting an operator takes longer than its arithmetic. S
 that follows, projections that read the same input are one, and QK-norm's weights go into the rotary tables. The
 numbers are the decoder's but for rounding.
 
-On a CPU NumPy takes the place of torch, whose operators take two to three times as long to start.
+On a CPU NumPy takes the place of torch, whose operators take longer to start: 1.6 times the tokens/s at 0.8 M
+parameters (docs/experiments.md).
 
 Letters as in decoder.py; N is all heads that are rotated (queries and keys), P the outputs of a joined matmul.
 """

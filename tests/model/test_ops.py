@@ -1,4 +1,4 @@
-"""RMSNorm and rotary positions of our own against torch's composed ones."""
+"""Operators of our own against torch's composed ones, and what the backward pass need not keep."""
 
 from __future__ import annotations
 
