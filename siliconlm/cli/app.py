@@ -278,6 +278,45 @@ def resume(
     raise typer.Exit(0 if done else signals.exit_code)
 
 
+@app.command(epilog="Example: silicon finetune first --data chat.jsonl --epochs 3")
+def finetune(
+    base: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run or model folder. [default: the latest run]")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(metavar="D", help="Conversations: a dataset, a file, a folder, or chat (built in).")
+    ] = "chat",
+    template: Annotated[
+        str | None, typer.Option(metavar="T", help="chatml, nanochat, llama3, or a Jinja file. [default: what fits]")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the data. [default: 3]")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Or train for N steps.")] = None,
+    time: Annotated[str | None, typer.Option(metavar="TIME", help="Or for a time: 90s, 30m, 2h.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="WHEN", help="Or until 07:00.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="RUN", help="Name of the new run.")] = None,
+    profile: Annotated[
+        str, typer.Option(metavar="P", help="auto (measure once), none, a profile's name, or a TOML file.")
+    ] = "auto",
+    assignments: options.Set = None,
+    device: options.Device = None,
+    json_out: options.Json = False,
+) -> None:
+    """Teach a trained model to talk, or go on with other text.
+
+    Of conversations the answers alone are learned. The base stays as it is; `silicon resume` goes on exactly.
+    """
+    from siliconlm import engine
+    from siliconlm.cli import render
+    from siliconlm.cli.signals import Signals
+
+    flags = {"train.steps": steps, "train.time": time, "train.until": until, "machine.device": device}
+    request = _request(None, None, profile, assignments, flags)
+    with Signals() as signals:
+        work = engine.finetune(request, base, data, template, epochs, name, signals.reason)
+        done = render.training(work, json_out, signals)
+    raise typer.Exit(0 if done else signals.exit_code)
+
+
 @app.command(epilog="Example: silicon sample 'To be or not' --max-tokens 200 --temperature 0.7")
 def sample(
     prompt: Annotated[str, typer.Argument(help="Text to continue. Empty starts a new document.")] = "",

@@ -109,9 +109,9 @@ def generate(
                     yield ready
 
 
-def banned_ids(model: Decoder, tokenizer: Tokenizer) -> Tensor:
-    """Ids that are no text: rows that pad the vocabulary, and special tokens but the end of text."""
-    special = [token for token in tokenizer.special_ids if token != tokenizer.eos]
+def banned_ids(model: Decoder, tokenizer: Tokenizer, ends: frozenset[int] = frozenset()) -> Tensor:
+    """Ids that are no text: rows that pad the vocabulary, and special tokens but those that end it."""
+    special = [token for token in tokenizer.special_ids if token != tokenizer.eos and token not in ends]
     return torch.tensor([*special, *range(tokenizer.size, model.config.vocab_size)], dtype=torch.long)
 
 
