@@ -6,6 +6,7 @@ Only `silicon doctor` stands elsewhere (`hardware.diagnosis.diagnose`): it must 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 import secrets
@@ -41,7 +42,7 @@ from siliconlm.events import (
     Tested,
     Working,
 )
-from siliconlm.files import sha256
+from siliconlm.files import copy_file, sha256, staged_folder
 from siliconlm.hardware.device import Device, is_out_of_memory, lacks_compiler, open_device, plain_words
 from siliconlm.hardware.facts import disk_free, processor_share
 from siliconlm.hardware.watch import Awake, Watch, read
@@ -49,7 +50,7 @@ from siliconlm.inference.answers import answers
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
 from siliconlm.model.families import family_of
-from siliconlm.model.weights import MODEL_FILES, read_model, read_template
+from siliconlm.model.weights import MODEL_FILES, TEMPLATE_FILE, read_model, read_template
 from siliconlm.training.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -867,8 +868,21 @@ def validate(
         context = opened.model.config.context
         windows, batch = validation(dataset, context, _data_config(opened)), evaluation_batch(context)
         model = opened.model.to(place.torch_device)
-        yield (yield from evaluate(model, dataset, windows, place, batch, opened.step))
-        yield from _scores(opened, dataset, place)
+        result = yield from evaluate(model, dataset, windows, place, batch, opened.step)
+        for event in itertools.chain([result], _scores(opened, dataset, place)):
+            if opened.run and not isinstance(event, Working):
+                opened.run.record(event)
+            yield event
+
+
+def export_folder(name: str | None, target: Path) -> Iterator[Event]:
+    """A model as a Hugging Face folder of its own: config, tokenizer, chat template and weights."""
+    opened = yield from open_model(name)
+    with staged_folder(target, replace=True) as stage:
+        for file in sorted(opened.path.iterdir()):
+            if file.name in (*MODEL_FILES, TEMPLATE_FILE, "tokenizer_config.json", "generation_config.json"):
+                copy_file(file, stage / file.name)
+    yield Notice(f"exported: {target}")
 
 
 def _data_config(opened: Opened) -> DataConfig:
@@ -878,8 +892,10 @@ def _data_config(opened: Opened) -> DataConfig:
 
 def _scores(opened: Opened, dataset: Dataset, device: Device) -> Iterator[Event]:
     """How many held-out questions of each task the model answers to the letter."""
-    template = Template(dataset.card["template"], dataset.tokenizer) if dataset.is_chat else None
-    for task, questions in read_questions(dataset).items() if template else ():
+    if not dataset.is_chat:
+        return
+    template = Template(dataset.card["template"], dataset.tokenizer)
+    for task, questions in read_questions(dataset).items():
         begun = time.perf_counter()
         prompts = [template.prompt(asked[:-1]) for asked in questions]
         right = 0

@@ -241,6 +241,16 @@ class Finished(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Staged(Event):
+    """A stage of a road begins or ends. `states` holds every stage: waiting, running, done or stopped."""
+
+    road: str
+    stage: str
+    states: dict[str, str]
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled(Event):
     """A piece of text as it is made; `done` on the last piece of a sample, with the counts.
 

@@ -377,6 +377,35 @@ def evaluate(
     render.evaluation(engine.validate(run, data, device, _step(step)), json_out)
 
 
+@app.command(epilog="Example: silicon run quick; silicon run overnight --until 07:00 --data notes/")
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="quick, overnight, or a TOML file.")] = "quick",
+    time: Annotated[str | None, typer.Option(metavar="TIME", help="For the whole road: 10m, 2h.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="WHEN", help="Or until 07:00.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Text in place of the recipe's. Repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="N", help="What is made is called so. [default: RECIPE]")] = None,
+    json_out: options.Json = False,
+) -> None:
+    """Go the whole road: from text to a model that talks.
+
+    Prepare, train, finetune, evaluate, export. Stopped anywhere, the same command goes on; finished stages whose
+    inputs have not changed are passed by.
+    """
+    from siliconlm import road
+    from siliconlm.cli import render
+    from siliconlm.cli.signals import Signals
+
+    if time and until:
+        raise SiliconError("--time and --until are both given; a road has one budget", kind="usage")
+    seconds = None if time is None else _seconds("--time", time)
+    with Signals() as signals:
+        work = road.travel(recipe, name, seconds, until, tuple(data or ()), signals.reason)
+        done = render.road(work, json_out, signals)
+    raise typer.Exit(0 if done else signals.exit_code)
+
+
 @app.command(epilog="Example: silicon runs --json")
 def runs(json_out: options.Json = False) -> None:
     """A table of all runs."""

@@ -47,7 +47,10 @@ class Batch:
 
 
 class Stream(Protocol):
-    """An endless stream of sequences, a pure function of where its cursor stands."""
+    """An endless stream of sequences, a pure function of where its cursor stands; `windows` make an epoch."""
+
+    @property
+    def windows(self) -> int: ...
 
     def take(self, cursor: int, n: int) -> Batch: ...
 

@@ -1,6 +1,7 @@
-"""From conversations to a dataset: tokens, which of them are learned, the template, and the questions that are held out.
+"""From conversations to a dataset: tokens, which of them are learned, the template, and held-out questions.
 
-One pass in bounded memory. Every so many-th conversation is for validation, so that both splits hold all kinds.
+Two passes in bounded memory: one checks and hashes, one encodes. Every so many-th conversation is for validation, so
+that both splits hold all kinds.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def prepare_chat(
     """
     check_arguments(name, val_fraction)
     target = data_folder() / name
-    recipe = {"files": [(yield from _digest(sources))], "template": template.source}
+    recipe: dict[str, Any] = {"files": [(yield from _digest(sources))], "template": template.source}
     recipe |= {"tokenizer": template.tokenizer.sha256, "val_fraction": val_fraction}
     if target.exists() and not force:
         yield reused(target, recipe)

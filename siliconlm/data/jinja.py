@@ -1,7 +1,6 @@
-"""Chat templates are programs from strangers: Jinja in a sandbox that bounds what they may use, how long they run and
-how much they write.
+"""Chat templates are programs from strangers: Jinja in a sandbox that bounds what they use, how long and how much.
 
-jinja2's own sandbox keeps them from Python's insides, but not from loops that never end or strings that fill the memory.
+jinja2's own sandbox keeps them from Python's insides, but not from endless loops and strings that fill the memory.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from siliconlm.errors import SiliconError
 
@@ -25,7 +25,7 @@ FILTERS = (
     "default first int items join last length list lower map reject rejectattr replace safe select selectattr string"
 )
 FILTERS += " title tojson trim upper capitalize"
-METHODS = {
+METHODS: dict[type, set[str]] = {
     str: {"capitalize", "endswith", "find", "join", "lower", "lstrip", "replace", "rstrip", "split", "startswith"}
     | {"strip", "title", "upper"},
     dict: {"get", "items", "keys", "values"},
@@ -71,7 +71,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         allowed = METHODS.get(type(obj))
         return super().is_safe_attribute(obj, attr, value) and (allowed is None or attr in allowed)
 
-    def call(self, context: Any, function: Any, *words: Any, **named: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, function: Any, *words: Any, **named: Any) -> Any:
         if getattr(function, "__name__", "") == "replace" and isinstance(getattr(function, "__self__", None), str):
             return _replaced(function.__self__, *words)
         if function is range and max(map(abs, words), default=0) > ROUNDS:

@@ -152,7 +152,7 @@ def best_fit(lengths: np.ndarray[Any, Any], capacity: int) -> tuple[Tokens, Toke
     return by_row, np.searchsorted(rows[by_row], np.arange(count + 1))
 
 
-# --- what a run trains on and is measured by ---------------------------------------------------------------------------
+# --- what a run trains on and is measured by -------------------------------------------------------------------------
 
 
 class Validation(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from random import Random
@@ -23,11 +23,12 @@ QUESTIONS = 12_000
 SEED = 1
 SHARES = {"arithmetic": 0.3, "spelling": 0.3, "counting": 0.2, "facts": 0.2}
 LARGEST_TERM = 50
-ONSETS = ["b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "bl", "br", "ch", "cl", "cr", "dr", "fl", "fr", "gl", "gr", "pl", "pr", "sh", "sl", "sp", "st", "th", "tr"]
-VOWELS = ["a", "e", "i", "o", "u"]
-CODAS = ["", "", *["n", "r", "s", "l", "t", "m", "d", "ck", "nd", "st"]]
-GREETINGS = ["", "Hello! ", "Hi. ", "Hello there. ", "Good day. ", "Please tell me: ", "I wonder. ", "Well then. "]
-THANKS = ["", " Thank you.", " Thanks!", " Please.", " I want to know.", " Just say it."]
+ONSETS = (*"bcdfghjklmnprstvwz", "bl", "br", "ch", "cl", "cr", "dr", "fl", "fr", "gl", "pl", "pr", "sh", "st", "th")
+VOWELS = tuple("aeiou")
+CODAS = ("", "", *"nrsltmd", "ck", "nd", "st")
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+GREETINGS = ("", "Hello! ", "Hi. ", "Hello there. ", "Good day. ", "Please tell me: ", "I wonder. ", "Well then. ")
+THANKS = ("", " Thank you.", " Thanks!", " Please.", " I want to know.", " Just say it.")
 
 
 def facts_path() -> Path:
@@ -72,7 +73,7 @@ def conversations(count: int = QUESTIONS, seed: int = SEED) -> Iterator[tuple[st
             yield task, (Message("user", question), Message("assistant", answer))
 
 
-def _pick(random: Random, items: list[Any]) -> Any:
+def _pick(random: Random, items: Sequence[Any]) -> Any:
     """`Random.random` alone gives the same values in every Python."""
     return items[int(random.random() * len(items))]
 
@@ -100,7 +101,7 @@ def _spelling(random: Random) -> tuple[str, str]:
 
 def _counting(random: Random) -> tuple[str, str]:
     word = _word(random)
-    letter = _pick(random, sorted(set(word)) if random.random() < 0.8 else list("abcdefghijklmnopqrstuvwxyz"))
+    letter = _pick(random, sorted(set(word)) if random.random() < 0.8 else LETTERS)
     return f"How many times is {letter} in {word}?", str(word.count(letter))
 
 

@@ -228,7 +228,12 @@ class Attention(nn.Module):
         return F.dropout(y_BTC, self.config.dropout, self.training)
 
     def attend(
-        self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, cache: Cache | None, documents_BT: Tensor | None
+        self,
+        q_BHTD: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        cache: Cache | None,
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         new, past = q_BHTD.size(2), cache.length if cache else 0
         if cache:
