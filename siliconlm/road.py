@@ -24,10 +24,10 @@ from siliconlm.config import Duration, Layer, Section, flatten, moment, profile_
 from siliconlm.data.conversations import BUILTIN_CHAT
 from siliconlm.data.prepare import NAME, datasets, open_dataset
 from siliconlm.data.sources import BUILTIN
-from siliconlm.data.tasks import facts_path
+from siliconlm.data.tasks import read_facts
 from siliconlm.errors import SiliconError, nearest
 from siliconlm.events import Event, Finished, Notice, Staged
-from siliconlm.files import held, home, sha256, write_file
+from siliconlm.files import held, home, write_file
 from siliconlm.training.checkpoint import find_run, free_run_name, runs_folder
 
 STAGES = ("prepare", "train", "mid", "finetune", "eval", "export")
@@ -290,8 +290,7 @@ def _weights(road: Road, stage: str) -> str:
 
 def _conversations_state(road: Road, stage: str) -> str:
     data = getattr(road.recipe, stage).data
-    facts = sha256(facts_path()) if data == BUILTIN_CHAT and facts_path().exists() else ""
-    return _hash(_text_state((data,)), facts)
+    return _hash(_text_state((data,)), read_facts() if data == BUILTIN_CHAT else None)
 
 
 def _dataset_state(road: Road) -> str:
