@@ -47,6 +47,7 @@ from siliconlm.hardware.device import Device, is_out_of_memory, lacks_compiler, 
 from siliconlm.hardware.facts import disk_free, processor_share
 from siliconlm.hardware.watch import Awake, Watch, read
 from siliconlm.inference.answers import answers
+from siliconlm.inference.conversation import Talk
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
 from siliconlm.model.families import family_of
@@ -848,6 +849,22 @@ def sample(
     with _telling_out_of_memory(NO_ROOM):
         opened.model.to(place.torch_device)
         yield from generate(opened.model, opened.tokenizer, place, prompt, settings, seed)
+
+
+def talk(
+    name: str | None,
+    settings: SampleConfig,
+    device: str | None = None,
+    step: int | str | None = None,
+    template: str | None = None,
+) -> Generator[Event, None, Talk]:
+    """A conversation with a model that was taught to talk."""
+    opened = yield from open_model(name, step)
+    word = opened.template(template)
+    place = yield from open_sound(_machine(device), "cached_decoding", *features_of(opened.model.config))
+    seed = settings.seed if settings.seed is not None else secrets.randbits(32)
+    with _telling_out_of_memory(NO_ROOM):
+        return Talk(opened.model.to(place.torch_device), word, place, settings, seed)
 
 
 def validate(

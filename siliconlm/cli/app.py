@@ -359,6 +359,40 @@ def sample(
     render.sampling(engine.sample(prompt, run, settings, device, _step(step)), prompt, json_out)
 
 
+@app.command(epilog="Example: silicon chat first --prompt 'What is 17 + 25?'")
+def chat(
+    run: options.Run = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Ask this, print the answer, and end.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="How the model is to behave.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tokens of an answer. [default: 300]")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="0 always takes the likeliest. [default: 0.8]")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Keep the likeliest tokens up to probability P.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same answers.")] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="T", help="chatml, nanochat, llama3, or a Jinja file. [default: the model's]")
+    ] = None,
+    step: options.Step = None,
+    device: options.Device = None,
+    json_out: options.Json = False,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer; /help shows what else there is.
+
+    Without a terminal each line of standard input is a message, and only the answers are printed.
+    """
+    from siliconlm import engine
+    from siliconlm.cli import chat as face
+    from siliconlm.config import sampling
+
+    settings = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    face.chat(engine.talk(run, settings, device, _step(step), template), prompt, system, json_out)
+
+
 @app.command("eval", epilog="Example: silicon eval first --json")
 def evaluate(
     run: options.Run = None,
