@@ -47,6 +47,7 @@ from siliconlm.hardware.device import Device, is_out_of_memory, lacks_compiler, 
 from siliconlm.hardware.facts import disk_free, processor_share
 from siliconlm.hardware.watch import Awake, Watch, read
 from siliconlm.inference.answers import answers
+from siliconlm.inference.batch import Batch, row_bytes
 from siliconlm.inference.conversation import Talk
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
@@ -865,6 +866,19 @@ def talk(
     seed = settings.seed if settings.seed is not None else secrets.randbits(32)
     with _telling_out_of_memory(NO_ROOM):
         return Talk(opened.model.to(place.torch_device), word, place, settings, seed)
+
+
+ROWS = 8  # texts made at once; more make each of them noticeably slower
+
+
+def open_batch(name: str | None, device: str | None = None) -> Generator[Event, None, tuple[Opened, Batch]]:
+    """A model, and memory for as many texts at once as half of what is free holds."""
+    opened = yield from open_model(name)
+    place = yield from open_sound(_machine(device), "cached_decoding", *features_of(opened.model.config))
+    with _telling_out_of_memory(NO_ROOM):
+        model = opened.model.to(place.torch_device)
+        room = place.memory_budget() // (2 * row_bytes(model.config, place.dtype))
+        return opened, Batch(model, place, max(1, min(ROWS, room)))
 
 
 def validate(
