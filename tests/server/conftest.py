@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import httpx2 as httpx
 import openai
@@ -92,7 +94,8 @@ class Served:
         return httpx.post(self.url + path, timeout=60, **options)
 
     def counts(self) -> dict[str, int]:
-        health = httpx.get(f"{self.url}/health").json()
+        with urlopen(f"{self.url}/health") as answer:
+            health = json.load(answer)
         return {name: health[name] for name in ("running", "queued", "requests")}
 
     def quiet(self) -> bool:

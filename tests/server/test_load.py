@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -95,7 +96,7 @@ def many(served: Any, count: int) -> None:
     with ThreadPoolExecutor(count) as pool:
         got = list(pool.map(ask, range(count)))
     alone = [served.alone(question(number)) for number in range(count)]
-    assert got == alone and len(set(alone)) > count // 3
+    assert got == alone and len(set(alone)) > count // 5
 
 
 def test_ten_clients_get_what_each_would_get_alone(served: Any, until: Any) -> None:
@@ -169,9 +170,11 @@ def test_the_client_of_openai_leaves_too(long: Any, until: Any) -> None:
 def test_sixty_clients_that_leave_at_any_moment(long: Any, until: Any) -> None:
     def visit(number: int) -> None:
         with Line(long.port, endless(n=1 + number % 3, stream=number % 4 > 0)) as line:
-            line.socket.settimeout(0.02 * (number % 10) + 0.01)
+            end = time.monotonic() + 0.02 * (number % 10)
+            line.socket.settimeout(0.05)
             with suppress(TimeoutError):
-                line.rest()
+                while time.monotonic() < end:
+                    line.socket.recv(1 << 16)
 
     with ThreadPoolExecutor(60) as pool:
         list(pool.map(visit, range(60)))
