@@ -47,6 +47,11 @@ class Order:
     ends: frozenset[int]
     seed: int
     asked: Asked
+    dropped: int = 0  # messages of a conversation that did not fit
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-dropped-messages": str(self.dropped)} if self.dropped else {}
 
     @property
     def prompt_tokens(self) -> int:
@@ -148,8 +153,8 @@ class Service:
             check_prompt(self.tokenizer, "".join(message.content for message in messages))
         room = max(1, min(asked.limit or self.context, self.context // ROOM))
         with _as_api_error("messages", "context_length_exceeded"):
-            kept, _ = fitted(self.template, messages, self.context, room)
-        return self._order(Form("chat", self.name), asked, [self.template.prompt(kept)], self.template.ends)
+            kept, dropped = fitted(self.template, messages, self.context, room)
+        return self._order(Form("chat", self.name), asked, [self.template.prompt(kept)], self.template.ends, dropped)
 
     def text(self, body: bytes) -> Order:
         """Texts to be continued; an empty one starts a new document."""
@@ -166,10 +171,12 @@ class Service:
             raise ApiError(400, words, param="prompt", code="context_length_exceeded")
         return self._order(Form("text", self.name), asked, prompts, frozenset())
 
-    def _order(self, form: Form, asked: Asked, prompts: list[list[int]], ends: frozenset[int]) -> Order:
+    def _order(
+        self, form: Form, asked: Asked, prompts: list[list[int]], ends: frozenset[int], dropped: int = 0
+    ) -> Order:
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         texts = [(prompt, asked.settings(self.context - len(prompt))) for prompt in prompts]
-        return Order(form, texts, ends, seed, asked)
+        return Order(form, texts, ends, seed, asked, dropped)
 
     def check_model(self, name: str) -> None:
         """ApiError for another name than the model's."""
@@ -220,7 +227,7 @@ class Completions:
         if order.asked.stream:
             await self._stream(job, order, send)
         else:
-            response = JSONResponse(await self._whole(job, order))
+            response = JSONResponse(await self._whole(job, order), headers=order.headers)
             async with asyncio.timeout(self.limits.stall):
                 await response(scope, receive, send)
 
@@ -237,8 +244,9 @@ class Completions:
             async with asyncio.timeout(self.limits.stall):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
 
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        headers = {"content-type": "text/event-stream; charset=utf-8"} | order.headers
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
         if order.form.kind == "chat":
             await write(b"".join(event(order.form.opening(index)) for index in range(len(job.works))))
         try:
