@@ -61,7 +61,7 @@ def random_model(context: int = 256, family: str = "qwen3", seed: int = 2, endle
     return model
 
 
-def write_model(folder: Path, model: Decoder, template: str | None = TEMPLATES["chatml"]) -> Path:
+def written(folder: Path, model: Decoder, template: str | None = TEMPLATES["chatml"]) -> Path:
     """A Hugging Face folder."""
     folder.mkdir()
     for name, content in model_files(model.config, LETTERS, template).items():
@@ -133,6 +133,11 @@ def until() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Decoder]:
     return random_model
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    return written
 
 
 @pytest.fixture(scope="module")
