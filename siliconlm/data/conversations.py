@@ -83,7 +83,7 @@ def _conversations(sources: list[str]) -> Iterator[tuple[str, str, Conversation]
     """Place, task (of the built-in set) and messages of each conversation."""
     for word in sources:
         if word == BUILTIN_CHAT:
-            yield from ((f"built-in {task}", task, messages) for task, messages in tasks.conversations())
+            yield from ((f"built-in {task}", task, messages) for task, messages in tasks.conversations(tasks.QUESTIONS))
             continue
         for path in record_files(Path(word).expanduser()):
             for place, record in read_records(path):

@@ -46,7 +46,7 @@ def train_step(state: TrainState, batch: Batch, lr: float) -> tuple[Tensor, Tens
     loss = accumulate(state, batch)
     norm = update(state, lr)
     state.step += 1
-    state.tokens += batch.learned
+    state.tokens += batch.inputs.size
     return loss, norm
 
 
