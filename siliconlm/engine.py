@@ -5,7 +5,6 @@ Only `silicon doctor` stands elsewhere (`hardware.diagnosis.diagnose`): it must 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import re
@@ -25,7 +24,7 @@ from siliconlm.config import DataConfig, Layer, MachineConfig, RunConfig, Sample
 from siliconlm.data.chat import Template, open_template
 from siliconlm.data.conversations import BUILTIN_CHAT, prepare_chat, read_questions, record_files
 from siliconlm.data.packing import training_stream, validation
-from siliconlm.data.prepare import Dataset, data_folder, datasets, open_dataset, prepare
+from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
 from siliconlm.data.sources import BUILTIN
 from siliconlm.data.tokenizer import Tokenizer, byte_tokenizer
 from siliconlm.errors import SiliconError
@@ -754,13 +753,14 @@ def _tuning_data(opened: Opened, data: str, template: str | None) -> Generator[E
     word = open_template(opened.tokenizer, template, read_template(opened.path))
     if data != BUILTIN_CHAT:
         record_files(Path(data).expanduser())
-    name = f"{dataset_name([data])}-{hashlib.sha256((opened.tokenizer.sha256 + word.source).encode()).hexdigest()[:6]}"
-    for event in prepare_chat([data], name, word, force=False):
+    folder = ""
+    for event in prepare_chat([data], dataset_name([data]), word, marked=True):
         if isinstance(event, Prepared):
-            yield Notice(f"conversations are prepared for {opened.name}: {event.path}")
+            folder = event.path
+            yield Notice(f"conversations are prepared for {opened.name}: {folder}")
         else:
             yield event
-    return str(data_folder() / name)
+    return folder
 
 
 def _with_steps(origin: Layer, opened: Opened, dataset: Dataset, request: Request, epochs: float | None) -> Layer:

@@ -58,17 +58,25 @@ class _Split:
 
 
 def prepare_chat(
-    sources: list[str], name: str, template: Template, val_fraction: float = 0.1, force: bool = False
+    sources: list[str],
+    name: str,
+    template: Template,
+    val_fraction: float = 0.1,
+    force: bool = False,
+    marked: bool = False,
 ) -> Iterator[Event]:
     """Make the chat dataset `name` out of files of conversations, or of the built-in set (`chat`).
 
     Only answers are learned. A conversation without one is left out and told; where none has one it is an error. A
-    dataset that was made from the same conversations in the same way is used again.
+    dataset that was made from the same conversations in the same way is used again. `marked`: the name gets a mark of
+    what it is made from, so that another is never in the way.
     """
     check_arguments(name, val_fraction)
-    target = data_folder() / name
     recipe: dict[str, Any] = {"files": [(yield from _digest(sources))], "template": template.source}
     recipe |= {"tokenizer": template.tokenizer.sha256, "val_fraction": val_fraction}
+    if marked:
+        name = f"{name[:60]}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}"
+    target = data_folder() / name
     if target.exists() and not force:
         yield reused(target, recipe)
         return

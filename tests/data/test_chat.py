@@ -171,7 +171,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_a_template_that_the_tokenizer_has_no_tokens_for() -> None:
-    with pytest.raises(SiliconError, match="llama3 needs <|begin_of_text|>"):
+    with pytest.raises(SiliconError, match=r"llama3 needs <\|begin_of_text\|>"):
         open_template(byte_tokenizer(), "llama3")
     with pytest.raises(SiliconError, match="no such template") as caught:
         open_template(byte_tokenizer(), "chatm")

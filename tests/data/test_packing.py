@@ -38,7 +38,7 @@ def test_best_fit_uses_every_piece_once_and_overfills_no_row(lengths: list[int])
     order, rows = best_fit(np.array(lengths), 20)
     assert sorted(order.tolist()) == list(range(len(lengths)))
     filled = [sum(lengths[n] for n in order[rows[i] : rows[i + 1]]) for i in range(len(rows) - 1)]
-    assert sum(filled) == sum(lengths) and 0 < min(filled) and max(filled) <= 20
+    assert sum(filled) == sum(lengths) and min(filled) > 0 and max(filled) <= 20
     assert len(filled) <= 11 / 9 * -(-sum(lengths) // 20) + 1 + len([n for n in lengths if n > 10])  # Johnson 1973
 
 
