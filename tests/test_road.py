@@ -1,4 +1,4 @@
-"""The whole road: every stage in turn, passed by when nothing changed, redone when something did, exact after a kill."""
+"""The whole road: every stage in turn, passed by when nothing changed, redone when something did, exact after kills."""
 
 from __future__ import annotations
 

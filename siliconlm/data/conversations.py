@@ -32,6 +32,7 @@ from siliconlm.files import staged_folder, sweep, write_file
 BUILTIN_CHAT = "chat"
 REPORTED = 3  # conversations with nothing to learn that are named
 QUESTIONS = 500  # held out, at most, of each task
+MOST_LOST = 0.01  # of the text: a tokenizer that loses more cannot write these conversations
 TOLD = 256  # conversations between two reports of progress
 
 
@@ -72,7 +73,7 @@ def prepare_chat(
     what it is made from, so that another is never in the way.
     """
     check_arguments(name, val_fraction)
-    recipe: dict[str, Any] = {"files": [(yield from _digest(sources))], "template": template.source}
+    recipe: dict[str, Any] = {"files": [(yield from _digest(sources, template))], "template": template.source}
     recipe |= {"tokenizer": template.tokenizer.sha256, "val_fraction": val_fraction}
     if marked:
         name = f"{name[:60]}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}"
@@ -111,12 +112,15 @@ def record_files(path: Path) -> list[Path]:
     return found
 
 
-def _digest(sources: list[str]) -> Generator[Event, None, str]:
+def _digest(sources: list[str], template: Template) -> Generator[Event, None, str]:
     """One hash of all conversations; whatever is wrong with one is found before anything is written."""
     digest, answers = hashlib.sha256(), 0
+    characters: Counter[str] = Counter()
     nothing: list[str] = []
     for number, (place, _, messages) in enumerate(_conversations(sources), 1):
         digest.update(json.dumps(messages).encode() + b"\n")
+        for message in messages:
+            characters.update(message.content)
         if messages[-1].role != "assistant" and len(messages) < 2 + (messages[0].role == "system"):
             nothing.append(place)
         else:
@@ -131,7 +135,21 @@ def _digest(sources: list[str]) -> Generator[Event, None, str]:
         listed = ", ".join(nothing[:REPORTED]) + (", ..." if len(nothing) > REPORTED else "")
         what = "1 conversation" if len(nothing) == 1 else f"{len(nothing):,} conversations"
         yield Notice(f"left out {what} without an answer to learn from: {listed}", "warning")
+    yield from _lost(characters, template)
     return digest.hexdigest()
+
+
+def _lost(characters: Counter[str], template: Template) -> Iterator[Notice]:
+    """Warn of characters that the tokenizer cannot write; SiliconError where they are many."""
+    missing = template.tokenizer.missing("".join(characters))
+    share = sum(characters[char] for char in missing) / max(1, characters.total())
+    what = f"the tokenizer has no {' '.join(repr(char)[1:-1] for char in missing[:12])}"
+    if share > MOST_LOST:
+        fix = "Tune a model with a byte or bpe tokenizer, which knows all text."
+        where = template.tokenizer.kind
+        raise SiliconError(f"{what}: {share:.0%} of the conversations' text would be lost", where=where, fix=fix)
+    if missing:
+        yield Notice(f"{what}: {share:.2%} of the conversations' text is lost", "warning")
 
 
 def _write(
