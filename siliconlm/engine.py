@@ -47,6 +47,7 @@ from siliconlm.hardware.facts import disk_free, processor_share
 from siliconlm.hardware.watch import Awake, Watch, read
 from siliconlm.inference.answers import answers
 from siliconlm.inference.conversation import Talk
+from siliconlm.inference.harness import measure
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
 from siliconlm.model.families import family_of
@@ -888,6 +889,24 @@ def validate(
         result = yield from evaluate(model, dataset, windows, place, batch, opened.step)
         for event in itertools.chain([result], _scores(opened, dataset, place)):
             if opened.run and not isinstance(event, Working):
+                opened.run.record(event)
+            yield event
+
+
+def measure_tasks(
+    name: str | None,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    device: str | None = None,
+    step: int | str | None = None,
+) -> Iterator[Event]:
+    """A model on tasks of lm-evaluation-harness."""
+    opened = yield from open_model(name, step)
+    place = yield from open_sound(_machine(device), "cached_decoding", *features_of(opened.model.config))
+    with _telling_out_of_memory(NO_ROOM):
+        model = opened.model.to(place.torch_device)
+        for event in measure(model, opened.tokenizer, place, tasks, opened.step, limit):
+            if opened.run:
                 opened.run.record(event)
             yield event
 

@@ -203,6 +203,17 @@ class Scored(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Measured(Event):
+    """A metric of a task of lm-evaluation-harness, over `total` questions."""
+
+    step: int
+    task: str
+    metric: str
+    value: float
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Example(Event):
     """What the model wrote, for the report."""
 

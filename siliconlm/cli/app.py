@@ -397,17 +397,27 @@ def chat(
 def evaluate(
     run: options.Run = None,
     data: options.Data = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness instead: hellaswag,arc_easy or a .yaml."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most N questions of each task.")] = None,
     step: options.Step = None,
     device: options.Device = None,
     json_out: options.Json = False,
 ) -> None:
     """Measure the loss on the whole validation split.
 
-    In nats per token, and in bits per byte, which can be compared between tokenizers.
+    In nats per token, and in bits per byte, which can be compared between tokenizers. Of a model that talks: over its
+    answers alone, with the answers that are right to the letter on the built-in set's held-out questions.
     """
     from siliconlm import engine
     from siliconlm.cli import render
 
+    if tasks:
+        words = [word for word in tasks.split(",") if word]
+        render.evaluation(engine.measure_tasks(run, words, limit, device, _step(step)), json_out)
+        return
     render.evaluation(engine.validate(run, data, device, _step(step)), json_out)
 
 

@@ -587,12 +587,13 @@ def evaluation(events: Iterable[ev.Event], json_out: bool) -> None:
                     f"step {event.step:,}: val_loss {event.val_loss:.4f} nats/token, {event.val_bpb:.4f} bits/byte"
                 )
                 out.print(f"  {event.tokens:,} tokens, the whole validation split, in {event.seconds:.1f} s")
-        elif isinstance(event, ev.Scored):
-            if json_out:
-                as_json(event.as_json())
-            else:
-                share = event.correct / max(1, event.total)
-                out.print(f"  {event.task}: {event.correct} of {event.total} answers right ({share:.0%})")
+        elif isinstance(event, ev.Scored | ev.Measured) and json_out:
+            as_json(event.as_json())
+        elif isinstance(event, ev.Measured):
+            out.print(f"{event.task}: {event.metric} {event.value:.4f}  ({event.total:,} questions)")
+        elif isinstance(event, ev.Scored) and not json_out:
+            share = event.correct / max(1, event.total)
+            out.print(f"  {event.task}: {event.correct} of {event.total} answers right ({share:.0%})")
 
 
 def runs(rows: list[dict[str, Any]], json_out: bool) -> None:
