@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siliconlm.data import sources
-from siliconlm.data.sources import Source, decoded, open_sources
+from siliconlm.data.sources import Source, open_sources
+from siliconlm.data.utf8 import decoded
 from siliconlm.errors import SiliconError
 from siliconlm.events import Event, Notice, Working
 
