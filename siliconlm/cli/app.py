@@ -129,19 +129,24 @@ def prepare(
         typer.Argument(metavar="SOURCE", help="Files, folders, globs, or shakespeare. [default: built-in corpus]"),
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="N", help="Name of the dataset. [default: from SOURCE]")] = None,
+    field: Annotated[str | None, typer.Option(metavar="F", help="Where a record's text is. [default: text]")] = None,
     tokenizer: Annotated[str, typer.Option(metavar="T", help="byte, char, bpe or a tokenizer.json.")] = "byte",
     vocab_size: Annotated[int, typer.Option(metavar="V", help="Size of a bpe vocabulary.")] = 4096,
     val_fraction: Annotated[float, typer.Option(metavar="F", help="Share of the text kept for validation.")] = 0.1,
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset of the same name.")] = False,
     json_out: options.Json = False,
 ) -> None:
-    """Turn text into tokens on disk."""
+    """Turn text into tokens on disk.
+
+    Reads text files, and JSON Lines, JSON and Parquet files, in which each record is a text.
+    """
     from siliconlm import engine
     from siliconlm.cli import render
 
     sources = source or [engine.BUILTIN]
     dataset = name or engine.dataset_name(sources)
-    render.prepare(engine.prepare(sources, dataset, tokenizer, vocab_size, val_fraction, force), json_out)
+    steps = engine.prepare(sources, dataset, tokenizer, vocab_size, val_fraction, force, field=field)
+    render.prepare(steps, json_out)
 
 
 @app.command("probe-batch", epilog="Example: silicon probe-batch --preset small --data shakespeare")

@@ -27,6 +27,7 @@ from siliconlm.data.shards import Shard, ShardWriter, dtype_for
 from siliconlm.data.sources import BUILTIN_SEED, Document, Source, builtin_pieces, open_sources
 from siliconlm.data.tokenizer import (
     KINDS,
+    Part,
     Tokenizer,
     bpe_tokenizer,
     byte_tokenizer,
@@ -50,12 +51,15 @@ COUNTS = ("tokens", "documents", "characters", "bytes")  # of each split
 
 @dataclass(slots=True)
 class _Scanned:
-    """What the first pass found out about one document."""
+    """What the first pass found out about one document: `size` bytes of file, which hold `bytes` of text."""
 
     document: Document
+    state: tuple[int, ...]
+    size: int = 0
+    sha256: str = ""
     characters: int = 0
     bytes: int = 0
-    sha256: str = ""
+    empty: int = 0
 
 
 @dataclass(slots=True)
@@ -89,22 +93,24 @@ def prepare(
     val_fraction: float = 0.1,
     force: bool = False,
     folder: Path | None = None,
+    field: str | None = None,
 ) -> Iterator[Event]:
     """Make the dataset `name` out of `sources` (see `open_sources`), in `folder` or the home's data folder.
 
-    `tokenizer` is byte, char, bpe (with `vocab_size`) or the path of a tokenizer.json. The last `val_fraction` of all
-    characters is for validation. A dataset that was made from the same text in the same way is used again.
+    `tokenizer` is byte, char, bpe (with `vocab_size`) or the path of a tokenizer.json. `field` holds the text of a
+    record. The last `val_fraction` of all characters is for validation. A dataset that was made from the same text in
+    the same way is used again.
     """
     _check_arguments(name, val_fraction)
     given = _given_tokenizer(tokenizer)
     target = (folder or data_folder()) / name
     to_make = force or not target.exists()
     with _alone(target) if to_make else nullcontext():  # many may use a dataset again at once
-        text = _Text((yield from open_sources(sources)))
+        text = _Text((yield from open_sources(sources, field)))
         yield from _scan(text, alphabet=tokenizer == "char")
         text.n_train = int(text.characters * (1 - Fraction(str(val_fraction))))
         _check_length(text)
-        recipe = _recipe(text, tokenizer, given, vocab_size, val_fraction)
+        recipe = _recipe(text, field, tokenizer, given, vocab_size, val_fraction)
         if not to_make or (target.exists() and not force):  # the latter: made just before the lock
             yield _reused(target, recipe)
             return
@@ -174,11 +180,12 @@ def _given(text: _Text) -> str:
 
 
 def _recipe(
-    text: _Text, tokenizer: str, given: Tokenizer | None, vocab_size: int, val_fraction: float
+    text: _Text, field: str | None, tokenizer: str, given: Tokenizer | None, vocab_size: int, val_fraction: float
 ) -> dict[str, Any]:
     """All that decides the tokens: two datasets with the same recipe are the same."""
     return {
         "files": [item.sha256 for item in text.documents],
+        "field": field,
         "tokenizer": given.sha256 if given else tokenizer,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
         "val_fraction": val_fraction,
@@ -187,8 +194,8 @@ def _recipe(
 
 def _reused(target: Path, recipe: dict[str, Any]) -> Prepared:
     card = _read_card(target)
-    if card.get("recipe") != recipe:
-        other = [key for key, value in recipe.items() if card.get("recipe", {}).get(key) != value]
+    other = [key for key, value in recipe.items() if card["recipe"].get(key) != value]
+    if other:
         why = "from other text" if "files" in other else "with another " + " and ".join(other)
         what = f"dataset {target.name} exists and was made {why}"
         fix = "Type --name OTHER for a new one, or --force to replace it."
@@ -207,28 +214,48 @@ def _scan(text: _Text, alphabet: bool) -> Iterator[Event]:
     seen = np.zeros(CODE_POINTS, dtype=bool)
     done = 0
     for document in documents:
-        item = _Scanned(document)
+        item = _Scanned(document, document.state())
         for piece in _count(item):
             if alphabet:
                 seen[np.frombuffer(piece.encode("utf-32-le"), dtype=np.uint32)] = True
-            yield Working("reading", min(done + item.bytes, total), total, "bytes")
+            yield Working("reading", min(done + item.size, total), total, "bytes")
         text.documents.append(item)
-        done += item.bytes
+        done += item.size
     text.alphabet = {chr(code) for code in np.flatnonzero(seen)}
+    empty = sum(item.empty for item in text.documents)
+    if empty:
+        yield Notice(f"left out {empty:,} records without text (empty, null or only white space)")
 
 
 def _count(item: _Scanned) -> Iterator[str]:
-    """The pieces of a document; fills `item` on the way."""
+    """The text of a document, in pieces; fills `item` on the way."""
     digest = hashlib.sha256()
 
     def watch(piece: bytes) -> None:
         digest.update(piece)
-        item.bytes += len(piece)
+        item.size += len(piece)
 
-    for piece in item.document.pieces(watch=watch):
+    for batch in _batches(item.document.parts(watch=watch)):
+        piece = "".join(part for _, part in batch)
+        item.empty += sum(not part for _, part in batch)
         item.characters += len(piece)
+        item.bytes += len(piece.encode())
         yield piece
     item.sha256 = digest.hexdigest()
+
+
+def _batches(parts: Iterator[Part]) -> Iterator[list[Part]]:
+    """Parts to work on together: small texts share a batch."""
+    batch: list[Part] = []
+    held = 0
+    for part in parts:
+        batch.append(part)
+        held += len(part[1])
+        if held >= BATCH:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -272,7 +299,7 @@ def _sample(text: _Text, size: int) -> Iterator[str]:
     share = min(1.0, size / _train_bytes(text))
     owed = 0.0
     for span in _spans(text, 0, text.n_train):
-        for chunk in chunks(_characters(span), size=256, longest=512):
+        for _, chunk in chunks(_parts(span), size=256, longest=512):
             owed += share
             if owed >= 1:
                 owed -= 1
@@ -283,12 +310,12 @@ def _warn(text: _Text, made: Tokenizer) -> Iterator[Notice]:
     """Say so where a given tokenizer changes the text, or sees the beginning of a text in its own way."""
     if made.kind in KINDS:
         return
-    beginning = next(chunks(_characters(_spans(text, 0, text.n_train)[0])))
+    _, beginning = next(chunks(_parts(_spans(text, 0, text.n_train)[0])))
     lost = made.missing(beginning)
     if lost:
         shown = " ".join(repr(character)[1:-1] for character in lost[:10])
         yield Notice(f"{made.kind} loses {len(lost)} characters of this text: {shown}", level="warning")
-    parts = list(chunks([beginning], size=len(beginning) // 2))
+    parts = [part for _, part in chunks([(True, beginning)], size=len(beginning) // 2)]
     if list(chain.from_iterable(made.encode_batch(parts))) != made.encode(beginning):
         message = f"{made.kind} treats the beginning of a text in its own way: a few tokens at chunk borders differ"
         yield Notice(message, level="warning")
@@ -304,12 +331,16 @@ def _write(
     splits = {}
     for split, start, end in (("train", 0, text.n_train), ("val", text.n_train, text.characters)):
         with ShardWriter(stage / f"{split}.bin", dtype_for(made.size), made.sha256) as shard:
-            counts = yield from _encode(_spans(text, start, end), made, shard, start, text.characters)
+            parts = chain.from_iterable(map(_parts, _spans(text, start, end)))
+            counts = yield from _encode(parts, made, shard, start, text.characters)
         if counts["tokens"] - counts["documents"] < 2:
             what = f"the text is too small: {split} has {counts['tokens'] - counts['documents']} tokens of text"
             fix = "Give more text, or another --val-fraction."
             raise SiliconError(what, where=_given(text), fix=fix, kind="bad_data")
         splits[split] = counts | {"sha256": shard.sha256}
+    for item in text.documents:
+        if item.document.state() != item.state:
+            raise _changed(item.document)
     card = _card(name, text, made, recipe, splits)
     write_file(stage / "tokenizer.json", made.json())
     write_file(stage / "dataset.json", json.dumps(card, indent=2) + "\n")
@@ -328,49 +359,39 @@ def _spans(text: _Text, start: int, end: int) -> list[_Span]:
     return spans
 
 
-def _characters(span: _Span) -> Iterator[str]:
-    """The text of a span, in pieces. Notices when a file no longer has the length it was counted with."""
+def _parts(span: _Span) -> Iterator[Part]:
+    """The text of a span, in pieces; what it begins with begins a text. Notices when a file has become shorter."""
     at = 0
-    for piece in span.item.document.pieces():
+    inside = False
+    for begins, piece in span.item.document.parts():
         part = piece[max(0, span.start - at) : max(0, span.end - at)]
         at += len(piece)
         if part:
-            yield part
+            yield begins or not inside, part
+            inside = True
         if at >= span.end:
             return
+    raise _changed(span.item.document)
+
+
+def _changed(document: Document) -> SiliconError:
     fix = "Wait until nothing writes to it, and prepare again."
-    raise SiliconError("the file changed while it was read", where=span.item.document.name, fix=fix, kind="bad_data")
+    return SiliconError("the file changed while it was read", where=document.name, fix=fix, kind="bad_data")
 
 
 def _encode(
-    spans: list[_Span], made: Tokenizer, shard: ShardWriter, done: int, total: int
+    parts: Iterator[Part], made: Tokenizer, shard: ShardWriter, done: int, total: int
 ) -> Generator[Event, None, dict[str, int]]:
-    """Write the tokens of one split, each document after an end-of-text token; returns what was counted."""
-    counts = {"documents": len(spans), "characters": 0, "bytes": 0}
-    for batch in _batches(spans):
-        encoded = made.encode_arrays([chunk for _, chunk in batch])
-        begin = np.array([made.eos], dtype=np.uint32)
-        for (first, chunk), ids in zip(batch, encoded, strict=True):
-            shard.write(np.concatenate([begin, ids]) if first else ids)
-            counts["characters"] += len(chunk)
-            counts["bytes"] += len(chunk.encode())
+    """Write the tokens of one split, each text after an end-of-text token; returns what was counted."""
+    counts = {"documents": 0, "characters": 0, "bytes": 0}
+    for batch in _batches(chunks(parts)):
+        shard.write(made.encode_parts(batch))
+        text = "".join(chunk for _, chunk in batch)
+        counts["documents"] += sum(begins for begins, _ in batch)
+        counts["characters"] += len(text)
+        counts["bytes"] += len(text.encode())
         yield Working("encoding", done + counts["characters"], total, "characters")
     return counts | {"tokens": shard.count}
-
-
-def _batches(spans: list[_Span]) -> Iterator[list[tuple[bool, str]]]:
-    """Chunks to encode together, each with whether a document begins with it. Small documents share a batch."""
-    batch: list[tuple[bool, str]] = []
-    held = 0
-    for span in spans:
-        for number, chunk in enumerate(chunks(_characters(span))):
-            batch.append((number == 0, chunk))
-            held += len(chunk)
-            if held >= BATCH:
-                yield batch
-                batch, held = [], 0
-    if batch:
-        yield batch
 
 
 # --- the data card ---------------------------------------------------------------------------------------------------
@@ -397,7 +418,7 @@ def _source_entries(text: _Text) -> list[dict[str, Any]]:
     entries = []
     for source in text.sources:
         own = [next(items) for _ in source.documents]
-        files = [{"name": item.document.name, "bytes": item.bytes, "sha256": item.sha256} for item in own]
+        files = [{"name": item.document.name, "bytes": item.size, "sha256": item.sha256} for item in own]
         entries.append({"given": source.name, "files": files})
     return entries
 

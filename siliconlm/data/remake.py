@@ -34,6 +34,8 @@ def remake_command(folder: Path) -> str:
 def _words(card: dict[str, Any], name: str, folder: Path) -> list[str]:
     recipe = card["recipe"]
     words = ["silicon", "prepare", *(source["given"] for source in card["sources"]), "--name", name]
+    if recipe["field"]:
+        words += ["--field", str(recipe["field"])]
     words += ["--tokenizer", _tokenizer(card["tokenizer"], folder)]
     if card["tokenizer"]["kind"] == "bpe":
         words += ["--vocab-size", str(int(recipe["vocab_size"]))]
