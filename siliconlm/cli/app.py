@@ -126,11 +126,15 @@ def doctor(
 def prepare(
     source: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SOURCE", help="Files, folders, globs, or shakespeare. [default: built-in corpus]"),
+        typer.Argument(
+            metavar="SOURCE", help="Files, folders, globs, hf://..., or shakespeare. [default: built-in corpus]"
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="N", help="Name of the dataset. [default: from SOURCE]")] = None,
     field: Annotated[str | None, typer.Option(metavar="F", help="Where a record's text is. [default: text]")] = None,
-    tokenizer: Annotated[str, typer.Option(metavar="T", help="byte, char, bpe or a tokenizer.json.")] = "byte",
+    tokenizer: Annotated[
+        str, typer.Option(metavar="T", help="byte, char, bpe, a tokenizer.json, or hf://OWNER/NAME.")
+    ] = "byte",
     vocab_size: Annotated[int, typer.Option(metavar="V", help="Size of a bpe vocabulary.")] = 4096,
     val_fraction: Annotated[float, typer.Option(metavar="F", help="Share of the text kept for validation.")] = 0.1,
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset of the same name.")] = False,
@@ -138,7 +142,8 @@ def prepare(
 ) -> None:
     """Turn text into tokens on disk.
 
-    Reads text files, and JSON Lines, JSON and Parquet files, in which each record is a text.
+    Reads text files, and JSON Lines, JSON and Parquet files, in which each record is a text. SOURCE can also be
+    hf://datasets/OWNER/NAME[/SPLIT], from the Hugging Face hub.
     """
     from siliconlm import engine
     from siliconlm.cli import render

@@ -22,6 +22,7 @@ import numpy as np
 
 from siliconlm import __version__
 from siliconlm.data import builtin
+from siliconlm.data.hub import HUB, fetch_tokenizer
 from siliconlm.data.remake import remake_command
 from siliconlm.data.shards import Shard, ShardWriter, dtype_for
 from siliconlm.data.sources import BUILTIN_SEED, Document, Source, builtin_pieces, open_sources
@@ -97,9 +98,9 @@ def prepare(
 ) -> Iterator[Event]:
     """Make the dataset `name` out of `sources` (see `open_sources`), in `folder` or the home's data folder.
 
-    `tokenizer` is byte, char, bpe (with `vocab_size`) or the path of a tokenizer.json. `field` holds the text of a
-    record. The last `val_fraction` of all characters is for validation. A dataset that was made from the same text in
-    the same way is used again.
+    `tokenizer` is byte, char, bpe (with `vocab_size`), the path of a tokenizer.json or hf://OWNER/NAME. `field` holds
+    the text of a record. The last `val_fraction` of all characters is for validation. A dataset that was made from the
+    same text in the same way is used again.
     """
     _check_arguments(name, val_fraction)
     given = _given_tokenizer(tokenizer)
@@ -166,6 +167,8 @@ def _given_tokenizer(word: str) -> Tokenizer | None:
     """The tokenizer that stands before the text is read; none for those that depend on it."""
     if word == "byte":
         return byte_tokenizer()
+    if word.startswith(HUB):
+        return open_tokenizer(fetch_tokenizer(word), word)
     return None if word in KINDS else open_tokenizer(Path(word).expanduser())
 
 

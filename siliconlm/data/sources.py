@@ -1,4 +1,4 @@
-"""Where text comes from: the built-in corpus, files, folders, patterns and tiny Shakespeare, as streams of text.
+"""Where text comes from: the built-in corpus, files, folders, the hub and tiny Shakespeare, as streams of text.
 
 A dataset is a sequence of documents. A document, which may hold many texts, can be read again and again, piece by
 piece, in memory that does not grow with its size: one pass counts it, the next one turns it into tokens.
@@ -21,6 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from siliconlm.data import builtin
+from siliconlm.data.hub import HUB, fetch_dataset
 from siliconlm.data.records import PARQUET, RECORD_SUFFIXES, read_texts
 from siliconlm.data.tokenizer import Part
 from siliconlm.data.utf8 import Watch, decoded
@@ -101,7 +102,7 @@ class _Tally:
 
 
 def open_sources(words: list[str], field: str | None = None) -> Generator[Event, None, list[Source]]:
-    """What each word stands for: `builtin`, `shakespeare`, a file, a folder or a quoted pattern.
+    """What each word stands for: `builtin`, `shakespeare`, hf://datasets/..., a file, a folder or a quoted pattern.
 
     `field` is the one that holds the text of a record. Yields Notices of what was left out, and Working while it
     downloads; returns the sources that hold text.
@@ -125,6 +126,9 @@ def _open_word(word: str, tally: _Tally) -> Generator[Event, None, Source]:
     if word == SHAKESPEARE:
         path = yield from download_shakespeare()
         return Source(word, tuple(_documents([path], tally)))
+    if word.startswith(HUB):
+        paths = yield from fetch_dataset(word)
+        return Source(word, tuple(_documents(paths, tally)))
     path = Path(word).expanduser()
     if not os.path.lexists(path) and any(sign in word for sign in "*?["):
         paths = _matches(word)
