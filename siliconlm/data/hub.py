@@ -74,7 +74,7 @@ def _api() -> HfApi:
     from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
 
     disable_progress_bars()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
