@@ -18,7 +18,7 @@ from siliconlm.errors import SiliconError, from_os_error
 if TYPE_CHECKING:
     from siliconlm.config import Layer, MachineConfig
     from siliconlm.engine import Request
-    from siliconlm.events import Chosen
+    from siliconlm.events import Chosen, Event
 
 app = typer.Typer(
     name="silicon",
@@ -133,21 +133,30 @@ def prepare(
     name: Annotated[str | None, typer.Option(metavar="N", help="Name of the dataset. [default: from SOURCE]")] = None,
     field: Annotated[str | None, typer.Option(metavar="F", help="Where a record's text is. [default: text]")] = None,
     tokenizer: Annotated[
-        str, typer.Option(metavar="T", help="byte, char, bpe, a tokenizer.json, or hf://OWNER/NAME.")
-    ] = "byte",
+        str | None,
+        typer.Option(metavar="T", help="byte, char, bpe, a tokenizer.json, or hf://OWNER/NAME. [default: byte]"),
+    ] = None,
     vocab_size: Annotated[int, typer.Option(metavar="V", help="Size of a bpe vocabulary.")] = 4096,
     val_fraction: Annotated[float, typer.Option(metavar="F", help="Share of the text kept for validation.")] = 0.1,
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset of the same name.")] = False,
+    write: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Write the dataset SOURCE as files of nanogpt or llmc.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="Where to write them.")] = None,
     json_out: options.Json = False,
 ) -> None:
     """Turn text into tokens on disk.
 
     Reads text files, and JSON Lines, JSON and Parquet files, in which each record is a text. SOURCE can also be
-    hf://datasets/OWNER/NAME[/SPLIT], from the Hugging Face hub.
+    hf://datasets/OWNER/NAME[/SPLIT], from the Hugging Face hub, or a folder of token files of nanoGPT, llm.c,
+    modded-nanogpt or TinyRecursiveModels, which are taken as they are.
     """
     from siliconlm import engine
     from siliconlm.cli import render
 
+    if write or output:
+        render.written(_write(source or [], write, output), json_out)
+        return
     sources = source or [engine.BUILTIN]
     dataset = name or engine.dataset_name(sources)
     steps = engine.prepare(sources, dataset, tokenizer, vocab_size, val_fraction, force, field=field)
@@ -366,6 +375,17 @@ def settings(
     from siliconlm.cli import render
 
     render.settings(section, json_out)
+
+
+def _write(source: list[str], format: str | None, output: str | None) -> Iterator[Event]:
+    from pathlib import Path
+
+    from siliconlm.data.write import write_tokens
+
+    if len(source) != 1 or not format or not output:
+        fix = "Type: silicon prepare DATASET --write nanogpt --output DIR"
+        raise SiliconError("--write takes one dataset and --output", fix=fix)
+    return write_tokens(source[0], format, Path(output).expanduser())
 
 
 def _request(

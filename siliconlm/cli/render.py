@@ -171,6 +171,16 @@ def prepare(events: Iterable[ev.Event], json_out: bool) -> None:
             out.print(f"  next: silicon train --data {event.name}")
 
 
+def written(events: Iterable[ev.Event], json_out: bool) -> None:
+    for event in bars(events, json_out):
+        if isinstance(event, ev.Written):
+            if json_out:
+                as_json(event.as_json())
+            else:
+                out.print(f"dataset {event.name} is written for {event.format}: {event.path}")
+                out.print(f"  {', '.join(event.files)}")
+
+
 def bars(events: Iterable[ev.Event], quiet: bool) -> Iterator[ev.Event]:
     """Show notices and a progress bar for Working records; pass everything else on, with no bar on the screen."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))

@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Generator, Iterator
+import shlex
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import numpy as np
 
 from siliconlm import __version__
 from siliconlm.data import builtin
+from siliconlm.data.foreign import TokenFiles, copy_tokens, find_token_files, hash_files
 from siliconlm.data.hub import HUB, fetch_tokenizer
 from siliconlm.data.remake import remake_command
 from siliconlm.data.shards import Shard, ShardWriter, dtype_for
@@ -42,6 +45,8 @@ from siliconlm.files import home, staged_folder, sweep, write_file
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")  # a run's name, shorter so that DATA-PRESET is one too
+VOCAB_SIZE = 4096  # of a bpe vocabulary where none is given
+VAL_FRACTION = 0.1
 SHORTEST_TEXT = 200
 LEARN_FROM = 100_000_000  # the most bytes of text a BPE vocabulary is learned from
 DISTINCT = 4_000_000  # the most bytes of different words: the trainer takes about a hundred times as much memory
@@ -78,6 +83,14 @@ class _Text:
 
 
 @dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a dataset is made of: `recipe` decides all tokens; `write` makes the files and returns the card's facts."""
+
+    recipe: dict[str, Any]
+    write: Callable[[Path], Generator[Event, None, dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Span:
     """The part of a document that belongs to one split, in characters."""
 
@@ -89,37 +102,39 @@ class _Span:
 def prepare(
     sources: list[str],
     name: str,
-    tokenizer: str = "byte",
-    vocab_size: int = 4096,
-    val_fraction: float = 0.1,
+    tokenizer: str | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    val_fraction: float = VAL_FRACTION,
     force: bool = False,
     folder: Path | None = None,
     field: str | None = None,
 ) -> Iterator[Event]:
     """Make the dataset `name` out of `sources` (see `open_sources`), in `folder` or the home's data folder.
 
-    `tokenizer` is byte, char, bpe (with `vocab_size`), the path of a tokenizer.json or hf://OWNER/NAME. `field` holds
-    the text of a record. The last `val_fraction` of all characters is for validation. A dataset that was made from the
-    same text in the same way is used again.
+    `tokenizer` is byte (the default), char, bpe (with `vocab_size`), the path of a tokenizer.json or hf://OWNER/NAME.
+    `field` holds the text of a record. The last `val_fraction` of all characters is for validation. Of a folder of
+    another program's token files (see `find_token_files`) tokens, split and tokenizer stay as they are. A dataset that
+    was made from the same text in the same way is used again.
     """
     _check_arguments(name, val_fraction)
-    given = _given_tokenizer(tokenizer)
+    given = _given_tokenizer(tokenizer or "byte")
+    found = _find_tokens(sources)
     target = (folder or data_folder()) / name
     to_make = force or not target.exists()
     with _alone(target) if to_make else nullcontext():  # many may use a dataset again at once
-        text = _Text((yield from open_sources(sources, field)))
-        yield from _scan(text, alphabet=tokenizer == "char")
-        text.n_train = int(text.characters * (1 - Fraction(str(val_fraction))))
-        _check_length(text)
-        recipe = _recipe(text, field, tokenizer, given, vocab_size, val_fraction)
+        if found:
+            yield from _unused(field, vocab_size, val_fraction)
+            plan = yield from _token_plan(found, given if tokenizer else None, tokenizer)
+        else:
+            plan = yield from _text_plan(sources, field, tokenizer or "byte", given, vocab_size, val_fraction)
         if not to_make or (target.exists() and not force):  # the latter: made just before the lock
-            yield _reused(target, recipe)
+            yield _reused(target, plan.recipe)
             return
-        made = given or (yield from _make_tokenizer(text, tokenizer, vocab_size))
-        yield from _warn(text, made)
         sweep(target.parent, name)
         with staged_folder(target, replace=force) as stage:
-            card = yield from _write(stage, name, text, made, recipe)
+            facts = yield from plan.write(stage)
+            card = _card(name, plan.recipe, facts)
+            write_file(stage / "dataset.json", json.dumps(card, indent=2) + "\n")
     yield Prepared(name, str(target), card)
 
 
@@ -182,17 +197,27 @@ def _given(text: _Text) -> str:
     return " ".join(source.name for source in text.sources)
 
 
-def _recipe(
-    text: _Text, field: str | None, tokenizer: str, given: Tokenizer | None, vocab_size: int, val_fraction: float
-) -> dict[str, Any]:
-    """All that decides the tokens: two datasets with the same recipe are the same."""
-    return {
+def _text_plan(
+    sources: list[str],
+    field: str | None,
+    tokenizer: str,
+    given: Tokenizer | None,
+    vocab_size: int,
+    val_fraction: float,
+) -> Generator[Event, None, _Plan]:
+    """Read the text once, to count it."""
+    text = _Text((yield from open_sources(sources, field)))
+    yield from _scan(text, alphabet=tokenizer == "char")
+    text.n_train = int(text.characters * (1 - Fraction(str(val_fraction))))
+    _check_length(text)
+    recipe = {
         "files": [item.sha256 for item in text.documents],
         "field": field,
         "tokenizer": given.sha256 if given else tokenizer,
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
         "val_fraction": val_fraction,
     }
+    return _Plan(recipe, partial(_write_text, text, tokenizer, given, vocab_size))
 
 
 def _reused(target: Path, recipe: dict[str, Any]) -> Prepared:
@@ -327,10 +352,12 @@ def _warn(text: _Text, made: Tokenizer) -> Iterator[Notice]:
 # --- second pass: encoding -------------------------------------------------------------------------------------------
 
 
-def _write(
-    stage: Path, name: str, text: _Text, made: Tokenizer, recipe: dict[str, Any]
+def _write_text(
+    text: _Text, tokenizer: str, given: Tokenizer | None, vocab_size: int, stage: Path
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Everything in the dataset's folder; returns the card."""
+    """Everything in the dataset's folder but the card; returns what the card says of it."""
+    made = given or (yield from _make_tokenizer(text, tokenizer, vocab_size))
+    yield from _warn(text, made)
     splits = {}
     for split, start, end in (("train", 0, text.n_train), ("val", text.n_train, text.characters)):
         with ShardWriter(stage / f"{split}.bin", dtype_for(made.size), made.sha256) as shard:
@@ -344,10 +371,13 @@ def _write(
     for item in text.documents:
         if item.document.state() != item.state:
             raise _changed(item.document)
-    card = _card(name, text, made, recipe, splits)
     write_file(stage / "tokenizer.json", made.json())
-    write_file(stage / "dataset.json", json.dumps(card, indent=2) + "\n")
-    return card
+    facts: dict[str, Any] = {"sources": _source_entries(text), "tokenizer": _tokenizer_entry(made), "splits": splits}
+    if any(source.builtin for source in text.sources):
+        facts["seed"] = BUILTIN_SEED
+    if len(text.sources) == 1 and text.sources[0].builtin:
+        facts["entropy_floor"] = _entropy_floor(text)
+    return facts
 
 
 def _spans(text: _Text, start: int, end: int) -> list[_Span]:
@@ -397,23 +427,71 @@ def _encode(
     return counts | {"tokens": shard.count}
 
 
+# --- token files of other programs -----------------------------------------------------------------------------------
+
+
+def _find_tokens(sources: list[str]) -> TokenFiles | None:
+    found = [tokens for word in sources if word and (tokens := find_token_files(Path(word).expanduser()))]
+    if found and len(sources) > 1:
+        fix = f"Type: silicon prepare {shlex.quote(str(found[0].folder))}"
+        raise SiliconError("a folder of token files stands alone", where=str(found[0].folder), fix=fix, kind="bad_data")
+    return found[0] if found else None
+
+
+def _unused(field: str | None, vocab_size: int, val_fraction: float) -> Iterator[Notice]:
+    """Say so where a wish means nothing to tokens that are there already."""
+    wishes = {
+        "--field": field,
+        "--vocab-size": vocab_size != VOCAB_SIZE,
+        "--val-fraction": val_fraction != VAL_FRACTION,
+    }
+    for flag in (flag for flag, wished in wishes.items() if wished):
+        yield Notice(f"{flag} was not used: the files hold tokens, already split", level="warning")
+
+
+def _token_plan(found: TokenFiles, given: Tokenizer | None, word: str | None) -> Generator[Event, None, _Plan]:
+    if word in KINDS:
+        fix = "Type --tokenizer and the path of the tokenizer.json that made the tokens."
+        what = f"the tokens are there already, --tokenizer {word} cannot make them"
+        raise SiliconError(what, where=str(found.folder), fix=fix)
+    made = found.tokenizer(given)
+    hashes = yield from hash_files(found)
+    recipe = {"files": [*hashes["train"], *hashes["val"]], "field": None, "tokenizer": made.sha256}
+    recipe |= {"vocab_size": None, "val_fraction": None}
+    return _Plan(recipe, partial(_write_tokens, found, made, hashes))
+
+
+def _write_tokens(
+    found: TokenFiles, made: Tokenizer, hashes: dict[str, list[str]], stage: Path
+) -> Generator[Event, None, dict[str, Any]]:
+    """As `_write_text`, with what it takes to write the files again as they were."""
+    splits = {}
+    for split in found.files:
+        with ShardWriter(stage / f"{split}.bin", dtype_for(made.size), made.sha256) as shard:
+            counts = yield from copy_tokens(found, split, made, shard, hashes[split])
+        if shard.count < 2:
+            what = f"too few tokens: {split} has {shard.count}"
+            raise SiliconError(what, where=str(found.folder), fix="Give more.", kind="bad_data")
+        splits[split] = counts | {"sha256": shard.sha256}
+    write_file(stage / "tokenizer.json", made.json())
+    meta = found.folder / "meta.pkl"
+    if found.format == "nanogpt" and meta.is_file():
+        write_file(stage / "meta.pkl", meta.read_bytes())
+    sources = [{"given": str(found.folder), "files": found.entries(hashes)}]
+    return {"sources": sources, "tokenizer": _tokenizer_entry(made), "splits": splits, "foreign": found.layout()}
+
+
 # --- the data card ---------------------------------------------------------------------------------------------------
 
 
-def _card(
-    name: str, text: _Text, made: Tokenizer, recipe: dict[str, Any], splits: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _card(name: str, recipe: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     card: dict[str, Any] = {"format": FORMAT, "name": name, "siliconlm": __version__}
     card["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-    card["sources"] = _source_entries(text)
-    card["tokenizer"] = {"kind": made.kind, "size": made.size, "sha256": made.sha256}
-    card["splits"] = splits
-    card["recipe"] = recipe
-    if any(source.builtin for source in text.sources):
-        card["seed"] = BUILTIN_SEED
-    if len(text.sources) == 1 and text.sources[0].builtin:
-        card["entropy_floor"] = _entropy_floor(text)
-    return card
+    return card | facts | {"recipe": recipe}
+
+
+def _tokenizer_entry(made: Tokenizer) -> dict[str, Any]:
+    return {"kind": made.kind, "size": made.size, "sha256": made.sha256}
 
 
 def _source_entries(text: _Text) -> list[dict[str, Any]]:

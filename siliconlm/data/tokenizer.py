@@ -100,7 +100,7 @@ class Tokenizer:
 
     def stream(self) -> Stream:
         """A decoder for ids that arrive one by one."""
-        if isinstance(self.inner.decoder, decoders.ByteLevel):
+        if self.is_byte_level:
             return _ByteStream(self)
         return _WindowStream(self)
 
@@ -128,6 +128,23 @@ class Tokenizer:
     def sha256(self) -> str:
         """The SHA-256 of the file that `json` makes."""
         return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def measure(self, ids: np.ndarray[Any, np.dtype[Any]]) -> tuple[int, int]:
+        """The characters and UTF-8 bytes that tokens of a byte-level tokenizer stand for."""
+        characters, sizes = self._sizes
+        return int(characters[ids].sum()), int(sizes[ids].sum())
+
+    @cached_property
+    def _sizes(self) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
+        """For each id the characters that begin in its bytes, and how many bytes there are."""
+        data = [self.bytes_of(id) for id in range(self.size)]
+        characters = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in data]
+        return np.array(characters), np.array([len(piece) for piece in data])
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether every token stands for bytes of its own."""
+        return isinstance(self.inner.decoder, decoders.ByteLevel)
 
     @cached_property
     def is_bytes(self) -> bool:
@@ -187,27 +204,39 @@ class _WindowStream:
 @lru_cache(maxsize=1)
 def byte_tokenizer() -> Tokenizer:
     """A token for each byte: any text, the smallest vocabulary."""
-    return _ours("byte", SYMBOLS, [])
+    return _ours("byte", [*SPECIALS, *SYMBOLS], [])
 
 
 def char_tokenizer(alphabet: Iterable[str]) -> Tokenizer:
-    """A token for each character of `alphabet`; other characters are lost (see `missing`).
+    """A token for each character of `alphabet`; other characters are lost (see `missing`)."""
+    tokens, merges = _spelled(sorted(set(alphabet)))
+    return _ours("char", [*SPECIALS, *tokens], merges)
+
+
+def numbered_char_tokenizer(characters: list[str]) -> Tokenizer:
+    """A token for each character, whose id is its place in the list. Everything else has the ids after those."""
+    tokens, merges = _spelled(characters)
+    whole = ["".join(SYMBOLS[byte] for byte in character.encode()) for character in characters]
+    return _ours("char", dict.fromkeys([*whole, *tokens, *SPECIALS]), merges)
+
+
+def _spelled(characters: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The tokens and merges that make characters.
 
     A character outside ASCII is merged from its bytes. A merge begins with the lead byte of a character, so it can
     never reach across two, and the pieces on the way are tokens as well.
     """
     tokens: dict[str, None] = {}
     merges: dict[tuple[str, str], None] = {}
-    for character in sorted(set(alphabet)):
-        symbols = [SYMBOLS[byte] for byte in character.encode()]
+    for character in characters:
         made = ""
-        for symbol in symbols:
+        for symbol in (SYMBOLS[byte] for byte in character.encode()):
             tokens[symbol] = None
             if made:
                 merges[made, symbol] = None
             made += symbol
             tokens[made] = None
-    return _ours("char", tokens, list(merges))
+    return list(tokens), list(merges)
 
 
 def bpe_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -228,7 +257,7 @@ def bpe_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _ours(kind: str, tokens: Iterable[str], merges: list[tuple[str, str]]) -> Tokenizer:
-    vocabulary = {token: id for id, token in enumerate([*SPECIALS, *tokens])}
+    vocabulary = {token: id for id, token in enumerate(tokens)}
     inner = _dress(models.BPE(vocab=vocabulary, merges=merges))
     inner.add_special_tokens(_specials())
     return _wrap(inner, inner.to_str(), kind)
