@@ -141,6 +141,10 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     name: str = Field("", description="a prepared dataset, by name or folder")
+    packing: Literal["stream", "best_fit"] = Field(
+        "stream", description="stream: rows cut from the text; best_fit: whole documents, as full rows as can be"
+    )
+    document_mask: bool = Field(False, description="documents in a row do not see each other")
 
 
 class TrainConfig(Section):

@@ -5,6 +5,8 @@ Only `silicon doctor` stands elsewhere (`hardware.diagnosis.diagnose`): it must 
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 import re
 import secrets
@@ -19,20 +21,37 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from siliconlm import config as configs
-from siliconlm.config import Layer, MachineConfig, RunConfig, SampleConfig, duration, write_run
-from siliconlm.data.batches import Batches
-from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
+from siliconlm.config import DataConfig, Layer, MachineConfig, RunConfig, SampleConfig, duration, write_run
+from siliconlm.data.chat import Template, open_template
+from siliconlm.data.conversations import BUILTIN_CHAT, prepare_chat, read_questions, record_files
+from siliconlm.data.packing import training_stream, validation
+from siliconlm.data.prepare import Dataset, data_folder, datasets, open_dataset, prepare
 from siliconlm.data.sources import BUILTIN
 from siliconlm.data.tokenizer import Tokenizer, byte_tokenizer
 from siliconlm.errors import SiliconError
-from siliconlm.events import Chosen, Event, Foreseen, Notice, Resumed, Saved, Started, Tested, Working
+from siliconlm.events import (
+    Chosen,
+    Event,
+    Foreseen,
+    Notice,
+    Prepared,
+    Resumed,
+    Saved,
+    Scored,
+    Started,
+    Tested,
+    Working,
+)
+from siliconlm.files import copy_file, sha256, staged_folder
 from siliconlm.hardware.device import Device, is_out_of_memory, lacks_compiler, open_device, plain_words
 from siliconlm.hardware.facts import disk_free, processor_share
 from siliconlm.hardware.watch import Awake, Watch, read
+from siliconlm.inference.answers import answers
+from siliconlm.inference.conversation import Talk
 from siliconlm.inference.session import check_prompt, generate
 from siliconlm.model.decoder import Decoder, count_parameters
 from siliconlm.model.families import family_of
-from siliconlm.model.weights import MODEL_FILES, read_model
+from siliconlm.model.weights import MODEL_FILES, TEMPLATE_FILE, read_model, read_template
 from siliconlm.training.checkpoint import (
     Checkpoint,
     RunFolder,
@@ -359,7 +378,7 @@ def _planned(
     seconds = _seconds_of(asked)
     device = yield from open_sound(asked.machine)
     card = dataset.card["splits"]["val"]
-    task = planner.Task(seconds, dataset.train.count, card["tokens"], dataset.val_bytes / card["tokens"])
+    task = planner.Task(seconds, dataset.train.count, card["tokens"], dataset.val_bytes_per_token)
 
     def configure(rung: planner.Rung, per_step: int) -> RunConfig:
         return within(resolve_request(replace(request, shape=rung.layer(per_step)), dataset), device)
@@ -399,7 +418,7 @@ def forecast(request: Request) -> Iterator[Event | RunConfig]:
         tuned, tokens_per_s = yield from _gathering(tune(request, dataset, dry=True), choices)
         tokens_per_s = tokens_per_s or planned
         config = _by_the_clock(tuned, deadline)
-        Batches(dataset.train, config.model.context, config.train.seed)
+        training_stream(dataset, config.model.context, config.data, config.train.seed)
         yield config
         device = open_device(config.machine)
         budget = Budget.of(config.train, deadline=deadline)
@@ -464,7 +483,7 @@ def train(request: Request, name: str | None = None, stop: Stop = lambda: None) 
         request, planned = yield from _gathering(_shaped(request, dataset), choices)
         base = _by_the_clock(resolve_request(request, dataset), deadline)
         Budget.of(base.train)
-        Batches(dataset.train, base.model.context, base.train.seed)  # refuse a context longer than the data at once
+        training_stream(dataset, base.model.context, base.data, base.train.seed)  # refuse at once what cannot be cut
         dataset.verify()  # damaged data is refused before a run takes its name
         tuned, tokens_per_s = yield from _gathering(tune(request, dataset), choices)
         tokens_per_s = tokens_per_s or planned
@@ -519,17 +538,18 @@ def resume(
     if on_battery:
         config = config.replace("--on-battery", **{"machine.on_battery": on_battery})
     with run.lock():
-        checkpoint = None
+        checkpoint, base = None, None
         if run.checkpoints():
             checkpoint, skipped = run.newest()
             yield from (Notice(line, "warning") for line in skipped)
         else:
             yield Notice(f"run {run.name} stopped before its first checkpoint: it starts again")
+            base = _base_of(about)
         with _dataset_of(config, about) as dataset:
             dataset.verify()
             if about.get("data") != dataset.fingerprint:
                 raise other_data(str(dataset.path))
-            yield from _logged(run, _run(run, config, dataset, stop, checkpoint, extend=extend))
+            yield from _logged(run, _run(run, config, dataset, stop, checkpoint, base=base, extend=extend))
 
 
 def _without_choices(work: Generator[Event, None, T]) -> Generator[Event, None, T]:
@@ -565,11 +585,13 @@ def _run(
     stop: Stop,
     checkpoint: Checkpoint | None = None,
     choices: Sequence[Chosen] | None = None,
+    base: Decoder | None = None,
     extend: float | None = None,
 ) -> Iterator[Event]:
-    """Train from a checkpoint or from the start. `choices` are those a new run was begun with; None resumes one."""
+    """Train from a checkpoint, from a base's weights, or from the start. `choices` are those a new run was begun with;
+    None resumes one."""
     device = open_device(config.machine)
-    state = TrainState.new(config, device)
+    state = TrainState.new(config, device, base)
     if checkpoint:
         state.restore(checkpoint, dataset.fingerprint)
     made_for, about = run.config()
@@ -581,17 +603,19 @@ def _run(
         yield Resumed(state.step, str(checkpoint.path) if checkpoint else "")
     if news:
         yield news
-    batches = Batches(dataset.train, config.model.context, config.train.seed)
+    batches = training_stream(dataset, config.model.context, config.data, config.train.seed)
+    windows = validation(dataset, config.model.context, config.data)
 
     def save() -> Saved:
-        return state.save(run, dataset.tokenizer, dataset.fingerprint)
+        return state.save(run, dataset.tokenizer, dataset.fingerprint, dataset.card.get("template"))
 
     measured = about.get("tokens_per_s", 0.0) if device.kind == made_for.machine.device else 0.0
     watch = Watch(config.machine.on_battery, partial(read, run.path), checkpoint_bytes(config), measured)
     with Awake() as hold:
         watch.asleep = hold.released
         yield from hold.notices
-        yield from fit(state, batches, dataset, budget, (run.name, str(run.path)), save, stop, watch)
+        told = (run.name, str(run.path))
+        yield from fit(state, batches, dataset, windows, budget, told, save, stop, watch, begin=base is not None)
 
 
 def _budget(config: RunConfig, about: Mapping[str, Any]) -> Budget:
@@ -674,6 +698,95 @@ def _started(
     )
 
 
+# --- finetune --------------------------------------------------------------------------------------------------------
+
+TUNING = {"data.document_mask": True, "optim.lr": 3e-3, "optim.matrix_lr": 0.01}  # lower rates than a base's
+EPOCHS = 3
+
+
+def finetune(
+    request: Request,
+    base: str | None = None,
+    data: str = BUILTIN_CHAT,
+    template: str | None = None,
+    epochs: float | None = None,
+    name: str | None = None,
+    stop: Stop = lambda: None,
+) -> Iterator[Event]:
+    """Go on training a model on conversations, whose answers alone are learned, or on text: a new run.
+
+    `data` is a prepared dataset, or what `prepare` takes, which is then prepared with the model's tokenizer. Without a
+    budget it is read three times.
+    """
+    if name:
+        check_new_run(name)
+    opened = yield from open_model(base)
+    folder = yield from _tuning_data(opened, data, template)
+    with open_dataset(folder) as dataset:
+        _check_tokenizer(dataset, opened)
+        shape = opened.model.config.model_dump() | {"dropout": 0.0}
+        origin = Layer(f"base {opened.name}", {f"model.{key}": value for key, value in shape.items()} | TUNING)
+        request = replace(request, data=folder, shape=_with_steps(origin, opened, dataset, request, epochs))
+        base_config = resolve_request(request, dataset)
+        deadline = base_config.train.until
+        Budget.of(_by_the_clock(base_config, deadline).train)
+        dataset.verify()
+        choices: list[Chosen] = []
+        tuned, tokens_per_s = yield from _gathering(tune(request, dataset), choices)
+        config = _by_the_clock(tuned, deadline)
+        yield from _tell_disk(config)
+        about: dict[str, Any] = {"dataset": str(dataset.path), "data": dataset.fingerprint, "preset": opened.name}
+        about |= {"from": opened.name, "from_path": str(opened.path), "from_sha256": sha256(opened.weights)}
+        about |= {"stage": "chat" if dataset.is_chat else "text"}
+        about |= {"deadline": deadline} if deadline else {}
+        about |= {"tokens_per_s": tokens_per_s} if tokens_per_s else {}
+        run = create_run(name or free_run_name(f"{opened.name}-{dataset.name}"), config, about)
+        with run.lock():
+            yield from _logged(run, _run(run, config, dataset, stop, choices=choices, base=opened.model))
+
+
+def _tuning_data(opened: Opened, data: str, template: str | None) -> Generator[Event, None, str]:
+    """The folder of a prepared dataset, or of one that is prepared now for a model."""
+    if data in datasets() or (Path(data).expanduser() / "dataset.json").is_file():
+        with open_dataset(data) as dataset:
+            if template is None and dataset.tokenizer.sha256 == opened.tokenizer.sha256:
+                return str(dataset.path)
+    word = open_template(opened.tokenizer, template, read_template(opened.path))
+    if data != BUILTIN_CHAT:
+        record_files(Path(data).expanduser())
+    name = f"{dataset_name([data])}-{hashlib.sha256((opened.tokenizer.sha256 + word.source).encode()).hexdigest()[:6]}"
+    for event in prepare_chat([data], name, word, force=False):
+        if isinstance(event, Prepared):
+            yield Notice(f"conversations are prepared for {opened.name}: {event.path}")
+        else:
+            yield event
+    return str(data_folder() / name)
+
+
+def _with_steps(origin: Layer, opened: Opened, dataset: Dataset, request: Request, epochs: float | None) -> Layer:
+    """The layer of a base with steps for so many passes over the data in it."""
+    config = resolve_request(replace(request, shape=Layer(origin.source, {**origin.values, "train.steps": 1})), dataset)
+    rows = training_stream(dataset, config.model.context, config.data, config.train.seed).windows
+    steps = max(1, math.ceil((epochs or EPOCHS) * rows / config.sequences_per_step))
+    return Layer(origin.source, {**origin.values, "train.steps": steps})
+
+
+def _check_tokenizer(dataset: Dataset, opened: Opened) -> None:
+    if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
+        raise SiliconError(
+            f"dataset {dataset.name} was made with another tokenizer than the model's",
+            fix=f"Prepare it with --tokenizer {shlex.quote(str(opened.path / 'tokenizer.json'))}.",
+        )
+
+
+def _base_of(about: Mapping[str, Any]) -> Decoder | None:
+    """The model that a tuned run begins with, which must still be what it was; None for a run from nothing."""
+    if "from_path" not in about:
+        return None
+    folder = Path(about["from_path"])
+    return read_model(folder, about["from_sha256"])[0]
+
+
 # --- using a model ---------------------------------------------------------------------------------------------------
 
 
@@ -686,6 +799,23 @@ class Opened:
     run: RunFolder | None
     step: int
     path: Path
+
+    @property
+    def name(self) -> str:
+        return self.run.name if self.run else self.path.name
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    def template(self, word: str | None = None) -> Template:
+        """How it was taught to talk; SiliconError where it was not."""
+        own = read_template(self.path)
+        if word is None and own is None:
+            what = f"{self.run.name if self.run else self.path} was not tuned on conversations"
+            fix = f"Type silicon finetune{f' {self.run.name}' if self.run else ''} --data {BUILTIN_CHAT} first."
+            raise SiliconError(what, fix=fix, kind="missing_input")
+        return open_template(self.tokenizer, word, own)
 
 
 def open_model(name: str | None, step: int | str | None = None) -> Generator[Event, None, Opened]:
@@ -721,6 +851,22 @@ def sample(
         yield from generate(opened.model, opened.tokenizer, place, prompt, settings, seed)
 
 
+def talk(
+    name: str | None,
+    settings: SampleConfig,
+    device: str | None = None,
+    step: int | str | None = None,
+    template: str | None = None,
+) -> Generator[Event, None, Talk]:
+    """A conversation with a model that was taught to talk."""
+    opened = yield from open_model(name, step)
+    word = opened.template(template)
+    place = yield from open_sound(_machine(device), "cached_decoding", *features_of(opened.model.config))
+    seed = settings.seed if settings.seed is not None else secrets.randbits(32)
+    with _telling_out_of_memory(NO_ROOM):
+        return Talk(opened.model.to(place.torch_device), word, place, settings, seed)
+
+
 def validate(
     name: str | None, data: str | None = None, device: str | None = None, step: int | str | None = None
 ) -> Iterator[Event]:
@@ -735,13 +881,47 @@ def validate(
     place = yield from open_sound(_machine(device), *features_of(opened.model.config))
     with dataset, _telling_out_of_memory(NO_ROOM):
         dataset.val.verify()
-        if dataset.tokenizer.sha256 != opened.tokenizer.sha256:
-            raise SiliconError(
-                f"dataset {dataset.name} was made with another tokenizer than the model's",
-                fix=f"Prepare it with --tokenizer {shlex.quote(str(opened.path / 'tokenizer.json'))}.",
-            )
-        batch = evaluation_batch(opened.model.config.context)
-        yield (yield from evaluate(opened.model.to(place.torch_device), dataset, place, batch, opened.step))
+        _check_tokenizer(dataset, opened)
+        context = opened.model.config.context
+        windows, batch = validation(dataset, context, _data_config(opened)), evaluation_batch(context)
+        model = opened.model.to(place.torch_device)
+        result = yield from evaluate(model, dataset, windows, place, batch, opened.step)
+        for event in itertools.chain([result], _scores(opened, dataset, place)):
+            if opened.run and not isinstance(event, Working):
+                opened.run.record(event)
+            yield event
+
+
+def export_folder(name: str | None, target: Path) -> Iterator[Event]:
+    """A model as a Hugging Face folder of its own: config, tokenizer, chat template and weights."""
+    opened = yield from open_model(name)
+    with staged_folder(target, replace=True) as stage:
+        for file in sorted(opened.path.iterdir()):
+            if file.name in (*MODEL_FILES, TEMPLATE_FILE, "tokenizer_config.json", "generation_config.json"):
+                copy_file(file, stage / file.name)
+    yield Notice(f"exported: {target}")
+
+
+def _data_config(opened: Opened) -> DataConfig:
+    """How documents were kept apart when the model was trained."""
+    return opened.run.config()[0].data if opened.run else DataConfig(document_mask=True)
+
+
+def _scores(opened: Opened, dataset: Dataset, device: Device) -> Iterator[Event]:
+    """How many held-out questions of each task the model answers to the letter."""
+    if not dataset.is_chat:
+        return
+    template = Template(dataset.card["template"], dataset.tokenizer)
+    for task, questions in read_questions(dataset).items():
+        begun = time.perf_counter()
+        prompts = [template.prompt(asked[:-1]) for asked in questions]
+        right = 0
+        for done, (number, text) in enumerate(
+            answers(opened.model, opened.tokenizer, device, prompts, template.ends), 1
+        ):
+            right += text.strip() == questions[number][-1].content.strip()
+            yield Working(task, done, len(questions), "questions")
+        yield Scored(opened.step, task, right, len(questions), round(time.perf_counter() - begun, 3))
 
 
 def runs() -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ class Tested(Event):
 
 @dataclass(frozen=True, slots=True)
 class Started(Event):
-    """Training begins or goes on."""
+    """Training begins or goes on. `machine` says in words on what: chip, cores, memory, system, Python and torch."""
 
     run: str
     path: str
@@ -132,6 +132,7 @@ class Started(Event):
     context: int
     budget: str
     choices: list[Chosen] = field(default_factory=list)
+    machine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,26 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Scored(Event):
+    """Exact matches of a model's answers on a task's held-out questions."""
+
+    step: int
+    task: str
+    correct: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Example(Event):
+    """What the model wrote, for the report."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Saved(Event):
     """A checkpoint is durable on disk."""
 
@@ -227,6 +248,16 @@ class Finished(Event):
     val_bpb: float | None
     complete: bool
     tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Staged(Event):
+    """A stage of a road begins or ends. `states` holds every stage: waiting, running, done or stopped."""
+
+    road: str
+    stage: str
+    states: dict[str, str]
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from siliconlm.errors import SiliconError
+
 PIECE = 1 << 20
 
 
@@ -97,6 +99,29 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     sync_folder(target.parent)
     if discarded:
         shutil.rmtree(discarded, ignore_errors=True)
+
+
+@contextmanager
+def held(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file for `what`, which one process at a time may write. The lock dies with the process."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fix = "Wait for it, or stop it."
+            raise SiliconError(f"{what} is in use by another process", fix=fix, kind="run_in_use") from None
+        yield
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A new file with the content of another, synced to disk."""
+    with open(source, "rb") as read, open(target, "xb") as written:
+        shutil.copyfileobj(read, written, PIECE)
+        written.flush()
+        sync(written.fileno())
 
 
 def remove_folder(path: Path) -> None:

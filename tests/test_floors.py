@@ -29,6 +29,7 @@ FLOORS = [
     {"training", "inference"},
     {"export", "tuning"},
     {"engine"},
+    {"road"},
     {"server", "cli"},
     {"__main__"},
 ]

@@ -297,6 +297,45 @@ def resume(
     raise typer.Exit(0 if done else signals.exit_code)
 
 
+@app.command(epilog="Example: silicon finetune first --data chat.jsonl --epochs 3")
+def finetune(
+    base: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run or model folder. [default: the latest run]")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(metavar="D", help="Conversations: a dataset, a file, a folder, or chat (built in).")
+    ] = "chat",
+    template: Annotated[
+        str | None, typer.Option(metavar="T", help="chatml, nanochat, llama3, or a Jinja file. [default: what fits]")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the data. [default: 3]")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Or train for N steps.")] = None,
+    time: Annotated[str | None, typer.Option(metavar="TIME", help="Or for a time: 90s, 30m, 2h.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="WHEN", help="Or until 07:00.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="RUN", help="Name of the new run.")] = None,
+    profile: Annotated[
+        str, typer.Option(metavar="P", help="auto (measure once), none, a profile's name, or a TOML file.")
+    ] = "auto",
+    assignments: options.Set = None,
+    device: options.Device = None,
+    json_out: options.Json = False,
+) -> None:
+    """Teach a trained model to talk, or go on with other text.
+
+    Of conversations the answers alone are learned. The base stays as it is; `silicon resume` goes on exactly.
+    """
+    from siliconlm import engine
+    from siliconlm.cli import render
+    from siliconlm.cli.signals import Signals
+
+    flags = {"train.steps": steps, "train.time": time, "train.until": until, "machine.device": device}
+    request = _request(None, None, profile, assignments, flags)
+    with Signals() as signals:
+        work = engine.finetune(request, base, data, template, epochs, name, signals.reason)
+        done = render.training(work, json_out, signals)
+    raise typer.Exit(0 if done else signals.exit_code)
+
+
 @app.command(epilog="Example: silicon sample 'To be or not' --max-tokens 200 --temperature 0.7")
 def sample(
     prompt: Annotated[str, typer.Argument(help="Text to continue. Empty starts a new document.")] = "",
@@ -339,6 +378,40 @@ def sample(
     render.sampling(engine.sample(prompt, run, settings, device, _step(step)), prompt, json_out)
 
 
+@app.command(epilog="Example: silicon chat first --prompt 'What is 17 + 25?'")
+def chat(
+    run: options.Run = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Ask this, print the answer, and end.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="How the model is to behave.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tokens of an answer. [default: 300]")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="0 always takes the likeliest. [default: 0.8]")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Keep the likeliest tokens up to probability P.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed gives the same answers.")] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="T", help="chatml, nanochat, llama3, or a Jinja file. [default: the model's]")
+    ] = None,
+    step: options.Step = None,
+    device: options.Device = None,
+    json_out: options.Json = False,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer; /help shows what else there is.
+
+    Without a terminal each line of standard input is a message, and only the answers are printed.
+    """
+    from siliconlm import engine
+    from siliconlm.cli import chat as face
+    from siliconlm.config import sampling
+
+    settings = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    face.chat(engine.talk(run, settings, device, _step(step), template), prompt, system, json_out)
+
+
 @app.command("eval", epilog="Example: silicon eval first --json")
 def evaluate(
     run: options.Run = None,
@@ -355,6 +428,35 @@ def evaluate(
     from siliconlm.cli import render
 
     render.evaluation(engine.validate(run, data, device, _step(step)), json_out)
+
+
+@app.command(epilog="Example: silicon run quick; silicon run overnight --until 07:00 --data notes/")
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="quick, overnight, or a TOML file.")] = "quick",
+    time: Annotated[str | None, typer.Option(metavar="TIME", help="For the whole road: 10m, 2h.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="WHEN", help="Or until 07:00.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Text in place of the recipe's. Repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="N", help="What is made is called so. [default: RECIPE]")] = None,
+    json_out: options.Json = False,
+) -> None:
+    """Go the whole road: from text to a model that talks.
+
+    Prepare, train, finetune, evaluate, export. Stopped anywhere, the same command goes on; finished stages whose
+    inputs have not changed are passed by.
+    """
+    from siliconlm import road
+    from siliconlm.cli import render
+    from siliconlm.cli.signals import Signals
+
+    if time and until:
+        raise SiliconError("--time and --until are both given; a road has one budget", kind="usage")
+    seconds = None if time is None else _seconds("--time", time)
+    with Signals() as signals:
+        work = road.travel(recipe, name, seconds, until, tuple(data or ()), signals.reason)
+        done = render.road(work, json_out, signals)
+    raise typer.Exit(0 if done else signals.exit_code)
 
 
 @app.command(epilog="Example: silicon runs --json")

@@ -407,6 +407,51 @@ def training(events: Iterable[ev.Event], json_out: bool, signals: Signals) -> bo
     return view.finished is not None and view.finished.reason == "done"
 
 
+STAGE_MARKS = {"done": ("✓", "green"), "running": ("▶", "cyan"), "waiting": ("·", "dim"), "stopped": ("■", "yellow")}
+
+
+def road(events: Iterable[ev.Event], json_out: bool, signals: Signals) -> bool:
+    """A line for each stage as it begins and ends, and in between what it does; whether the end was reached."""
+    view, states = TrainingView(json_out), {}
+    try:
+        for event in bars(events, json_out or not err.is_terminal):
+            signals.polite = isinstance(event, ev.Started) or (signals.polite and not isinstance(event, ev.Staged))
+            if isinstance(event, ev.Staged):
+                states = event.states
+                view.close()
+                view = TrainingView(json_out)
+                if json_out:
+                    as_json(event.as_json())
+                elif event.stage:
+                    tell_stage(event)
+            elif not json_out and isinstance(event, ev.Prepared | ev.Scored):
+                tell_made(event)
+            else:
+                view.take(event)
+    finally:
+        view.close()
+    done = all(state == "done" for state in states.values())
+    if done and not json_out:
+        out.print("the end of the road: silicon chat")
+    return done
+
+
+def tell_stage(event: ev.Staged) -> None:
+    strip = Text()
+    for stage, state in event.states.items():
+        mark, colour = STAGE_MARKS[state]
+        strip.append(f"{mark} {stage}  ", style=f"bold {colour}" if stage == event.stage else colour)
+    err.print(strip.append(event.detail, style="not bold dim"))
+
+
+def tell_made(event: ev.Event) -> None:
+    if isinstance(event, ev.Prepared):
+        tokens = event.card["splits"]["train"]["tokens"]
+        err.print(Text(f"dataset {event.name}: {tokens:,} training tokens", style="dim"))
+    elif isinstance(event, ev.Scored):
+        out.print(f"  {event.task}: {event.correct} of {event.total} answers right ({event.correct / event.total:.0%})")
+
+
 def nobody_reads() -> None:
     """Let everything that is still written go nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -552,6 +597,12 @@ def evaluation(events: Iterable[ev.Event], json_out: bool) -> None:
                     f"step {event.step:,}: val_loss {event.val_loss:.4f} nats/token, {event.val_bpb:.4f} bits/byte"
                 )
                 out.print(f"  {event.tokens:,} tokens, the whole validation split, in {event.seconds:.1f} s")
+        elif isinstance(event, ev.Scored):
+            if json_out:
+                as_json(event.as_json())
+            else:
+                share = event.correct / max(1, event.total)
+                out.print(f"  {event.task}: {event.correct} of {event.total} answers right ({share:.0%})")
 
 
 def runs(rows: list[dict[str, Any]], json_out: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,43 @@ Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences to train on, int64 [N, T] each: `inputs`, the `targets` that follow them (-100 where there is nothing
+    to learn), and which document of its row each input stands in; without `documents` all that came before is seen."""
+
+    inputs: Tokens
+    targets: Tokens
+    documents: Tokens | None = None
+
+    @classmethod
+    def of(cls, sequences: Tokens, apart: bool = False) -> Batch:
+        """Each token of [N, T + 1] learns the one that follows. `apart`: with a document for each row."""
+        inputs = sequences[:, :-1]
+        return cls(inputs, sequences[:, 1:], np.zeros_like(inputs) if apart else None)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def learned(self) -> int:
+        """How many targets count."""
+        return int((self.targets != IGNORED).sum())
+
+    def rows(self, start: int, end: int) -> Batch:
+        documents = None if self.documents is None else self.documents[start:end]
+        return Batch(self.inputs[start:end], self.targets[start:end], documents)
+
+
+class Stream(Protocol):
+    """An endless stream of sequences, a pure function of where its cursor stands; `windows` make an epoch."""
+
+    @property
+    def windows(self) -> int: ...
+
+    def take(self, cursor: int, n: int) -> Batch: ...
+
+
+@dataclass(frozen=True, slots=True)
 class Batches:
     """An endless stream of sequences from one shard: each epoch visits every window once, in an order of its own.
 
@@ -29,6 +66,7 @@ class Batches:
     shard: Shard
     context: int
     seed: int
+    separator: int | None = None  # the token that begins a document, where documents are not to see each other
 
     def __post_init__(self) -> None:
         if self.shard.count < self.context + 1:
@@ -39,12 +77,14 @@ class Batches:
         """Sequences in an epoch."""
         return max(1, (self.shard.count - self.context) // self.context)
 
-    def take(self, cursor: int, n: int) -> Tokens:
-        """Sequences number `cursor` to `cursor + n` of the stream: int64 [n, context + 1]."""
+    def take(self, cursor: int, n: int) -> Batch:
+        """Sequences number `cursor` to `cursor + n` of the stream."""
         sequences = np.empty((n, self.context + 1), dtype=np.int64)
         for row, start in enumerate(self._starts(cursor, n)):
             sequences[row] = self.shard.read(start, self.context + 1)
-        return sequences
+        inputs = sequences[:, :-1]
+        documents = None if self.separator is None else documents_of(inputs, self.separator)
+        return Batch(inputs, sequences[:, 1:], documents)
 
     def _starts(self, cursor: int, n: int) -> Iterator[int]:
         """The first token of each sequence."""
@@ -61,6 +101,11 @@ class Batches:
         """Where the first window of an epoch begins."""
         spare = self.shard.count - 1 - self.windows * self.context
         return _key(self.seed, epoch, ROUNDS) % (spare + 1)
+
+
+def documents_of(inputs: Tokens, separator: int) -> Tokens:
+    """The number of each token's document in its row, [N, T], where documents begin with `separator`."""
+    return (inputs == separator).cumsum(axis=1)
 
 
 def _too_long(context: int, shard: Shard) -> SiliconError:
@@ -120,9 +165,9 @@ def _key(*numbers: int) -> int:
 
 
 def evaluation_windows(
-    shard: Shard, context: int, batch: int, limit: int | None = None
-) -> Iterator[tuple[Tokens, Tokens]]:
-    """Inputs and targets, int64 [rows, context], that score every token but the first exactly once.
+    shard: Shard, context: int, batch: int, limit: int | None = None, separator: int | None = None
+) -> Iterator[Batch]:
+    """Batches of `context` tokens a row that score every token but the first exactly once.
 
     All batches have the same shape, of at most `batch` rows: places past the end hold input 0 and target -100, which
     losses pass over. `limit` takes that many windows, spread evenly over the shard.
@@ -138,4 +183,4 @@ def evaluation_windows(
             tokens = shard.read(number * context, min(context + 1, shard.count - number * context))
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             targets[row, : len(tokens) - 1] = tokens[1:]
-        yield inputs, targets
+        yield Batch(inputs, targets, None if separator is None else documents_of(inputs, separator))

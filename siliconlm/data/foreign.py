@@ -296,17 +296,19 @@ def _check_ids(ids: Ids, made: Tokenizer, path: Path) -> None:
 
 
 class _Tally:
-    """Documents, characters and bytes of the text that tokens stand for."""
+    """Documents, characters and bytes of the text that tokens stand for, and how many of them are text at all."""
 
     def __init__(self, made: Tokenizer) -> None:
         self._made = made
+        self._is_text = np.isin(np.arange(made.size), list(made.special_ids), invert=True)
         self._held = np.empty(0, dtype=np.uint32)
-        self._documents = self._characters = self._bytes = 0
+        self._documents = self._text = self._characters = self._bytes = 0
 
     def add(self, ids: Ids) -> None:
         """Count further tokens. A byte-level tokenizer's need no decoding; others' are decoded up to a text's end."""
         ends = np.flatnonzero(ids == self._made.eos)
         self._documents += len(ends)
+        self._text += int(self._is_text[ids].sum())
         if self._made.is_byte_level:
             characters, size = self._made.measure(ids)
             self._characters += characters
@@ -326,4 +328,5 @@ class _Tally:
 
     def counts(self) -> dict[str, int]:
         self._decode(len(self._held))
-        return {"documents": max(1, self._documents), "characters": self._characters, "bytes": self._bytes}
+        counts = {"documents": max(1, self._documents), "learned_text": self._text}
+        return counts | {"characters": self._characters, "bytes": self._bytes}

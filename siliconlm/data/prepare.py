@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -116,19 +116,19 @@ def prepare(
     another program's token files (see `find_token_files`) tokens, split and tokenizer stay as they are. A dataset that
     was made from the same text in the same way is used again.
     """
-    _check_arguments(name, val_fraction)
+    check_arguments(name, val_fraction)
     given = _given_tokenizer(tokenizer or "byte")
     found = _find_tokens(sources)
     target = (folder or data_folder()) / name
     to_make = force or not target.exists()
-    with _alone(target) if to_make else nullcontext():  # many may use a dataset again at once
+    with alone(target) if to_make else nullcontext():  # many may use a dataset again at once
         if found:
             yield from _unused(field, vocab_size, val_fraction)
             plan = yield from _token_plan(found, given if tokenizer else None, tokenizer)
         else:
             plan = yield from _text_plan(sources, field, tokenizer or "byte", given, vocab_size, val_fraction)
         if not to_make or (target.exists() and not force):  # the latter: made just before the lock
-            yield _reused(target, plan.recipe)
+            yield reused(target, plan.recipe)
             return
         sweep(target.parent, name)
         with staged_folder(target, replace=force) as stage:
@@ -139,7 +139,7 @@ def prepare(
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def alone(target: Path) -> Iterator[None]:
     """Hold a dataset's name for making it. The lock dies with the process; its file goes when the block ends."""
     import fcntl
 
@@ -169,7 +169,7 @@ def data_folder() -> Path:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_arguments(name: str, val_fraction: float) -> None:
+def check_arguments(name: str, val_fraction: float) -> None:
     if not NAME.fullmatch(name):
         fix = "Use at most 80 letters, digits, '.', '_' and '-', a letter or digit first: --name my-text"
         raise SiliconError(f"{name!r} cannot be the name of a dataset", where="--name", fix=fix)
@@ -220,7 +220,7 @@ def _text_plan(
     return _Plan(recipe, partial(_write_text, text, tokenizer, given, vocab_size))
 
 
-def _reused(target: Path, recipe: dict[str, Any]) -> Prepared:
+def reused(target: Path, recipe: dict[str, Any]) -> Prepared:
     card = _read_card(target)
     other = [key for key, value in recipe.items() if card["recipe"].get(key) != value]
     if other:
@@ -527,27 +527,35 @@ class Dataset:
     tokenizer: Tokenizer
     train: Shard
     val: Shard
+    masks: dict[str, Shard] = field(default_factory=dict)  # of conversations: 1 where a token is learned, by split
 
     @property
-    def val_bytes(self) -> int:
-        """UTF-8 bytes of the validation text: what bits per byte are counted over."""
-        return int(self.card["splits"]["val"]["bytes"])
+    def is_chat(self) -> bool:
+        return bool(self.masks)
+
+    @property
+    def val_bytes_per_token(self) -> float:
+        """UTF-8 bytes of validation text a token that is text: what bits per byte are counted over. End-of-text
+        tokens, one a document, are none."""
+        split = self.card["splits"]["val"]
+        return float(split["bytes"] / max(1, split.get("learned_text", split["tokens"] - split["documents"])))
 
     @property
     def fingerprint(self) -> str:
         """One hash of the tokens, the tokenizer and the split: equal where training would see the same data."""
         counts = [str(self.card["splits"][split]["characters"]) for split in ("train", "val")]
-        parts = [self.train.sha256, self.val.sha256, self.tokenizer.sha256, *counts]
+        shards = [self.train, self.val, *self.masks.values()]
+        parts = [*(shard.sha256 for shard in shards), self.tokenizer.sha256, *counts]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read both token files whole and compare them with their hashes."""
-        self.train.verify()
-        self.val.verify()
+        """Read all files whole and compare them with their hashes."""
+        for shard in (self.train, self.val, *self.masks.values()):
+            shard.verify()
 
     def close(self) -> None:
-        self.train.close()
-        self.val.close()
+        for shard in (self.train, self.val, *self.masks.values()):
+            shard.close()
 
     def __enter__(self) -> Dataset:
         return self
@@ -572,13 +580,13 @@ def open_dataset(name_or_path: str) -> Dataset:
         raise _corrupt(path / "tokenizer.json", error.what) from error
     if tokenizer.sha256 != card["tokenizer"]["sha256"]:
         raise _corrupt(path / "tokenizer.json", "not the tokenizer that made the tokens")
-    train = _open_shard(path, "train", card, tokenizer)
-    try:
-        val = _open_shard(path, "val", card, tokenizer)
-    except BaseException:
-        train.close()
-        raise
-    return Dataset(path.name, path, card, tokenizer, train, val)
+    with ExitStack() as opened:
+        shards = {split: opened.enter_context(_open_shard(path, split, card, tokenizer)) for split in ("train", "val")}
+        masks = {}
+        for split in shards if card.get("kind") == "chat" else ():
+            masks[split] = opened.enter_context(_open_mask(path, split, card, shards[split]))
+        opened.pop_all()
+    return Dataset(path.name, path, card, tokenizer, shards["train"], shards["val"], masks)
 
 
 def _find(word: str) -> Path:
@@ -628,6 +636,14 @@ def _open_shard(folder: Path, split: str, card: dict[str, Any], tokenizer: Token
         return shard
     shard.close()
     raise _corrupt(shard.path, "it belongs to another dataset")
+
+
+def _open_mask(folder: Path, split: str, card: dict[str, Any], shard: Shard) -> Shard:
+    mask = Shard.open(folder / f"{split}.mask.bin")
+    if mask.sha256 == card["splits"][split].get("mask_sha256") and mask.count == shard.count:
+        return mask
+    mask.close()
+    raise _corrupt(mask.path, "it belongs to another dataset")
 
 
 def _corrupt(path: Path, why: str) -> SiliconError:

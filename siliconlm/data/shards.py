@@ -21,7 +21,7 @@ from siliconlm.files import sha256, sync
 
 MAGIC = b"SILICON1\n"
 HEADER = 4096
-DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 LARGEST_READ = 1 << 30  # macOS refuses more than 2 GiB in one call
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]

@@ -129,6 +129,15 @@ class Tokenizer:
         """The SHA-256 of the file that `json` makes."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    def name_of(self, id: int) -> str:
+        """A token as its vocabulary writes it."""
+        return str(self.inner.id_to_token(id))
+
+    @cached_property
+    def special_names(self) -> dict[str, int]:
+        """Special tokens' ids by name."""
+        return {self.name_of(id): id for id in self.special_ids}
+
     def measure(self, ids: np.ndarray[Any, np.dtype[Any]]) -> tuple[int, int]:
         """The characters and UTF-8 bytes that tokens of a byte-level tokenizer stand for."""
         characters, sizes = self._sizes

@@ -56,8 +56,16 @@ class Session:
 class Continuation:
     """One text in the making: draws its tokens with a generator of its own and says which text is ready."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: SampleConfig, seed: int, index: int, start: float) -> None:
-        self.settings, self.eos, self.index = settings, tokenizer.eos, index
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        settings: SampleConfig,
+        seed: int,
+        index: int,
+        start: float,
+        ends: frozenset[int] = frozenset(),
+    ) -> None:
+        self.settings, self.ends, self.index = settings, ends | {tokenizer.eos}, index
         self.stream, self.hold = tokenizer.stream(), StopText(settings.stop)
         self.generator = torch.Generator().manual_seed((seed + index) % (1 << 63))
         self.start = start
@@ -68,8 +76,8 @@ class Continuation:
         """The next token, and the text that it makes ready; the last one's has the counts."""
         token = sample(logits_V, seen, self.settings, self.generator)
         self.made += 1
-        text = "" if token == self.eos else self.hold.push(self.stream.push(token))
-        if token == self.eos:
+        text = "" if token in self.ends else self.hold.push(self.stream.push(token))
+        if token in self.ends:
             self.stopped_by = "end of text"
         elif self.hold.found:
             self.stopped_by = "stop text"
@@ -109,9 +117,9 @@ def generate(
                     yield ready
 
 
-def banned_ids(model: Decoder, tokenizer: Tokenizer) -> Tensor:
-    """Ids that are no text: rows that pad the vocabulary, and special tokens but the end of text."""
-    special = [token for token in tokenizer.special_ids if token != tokenizer.eos]
+def banned_ids(model: Decoder, tokenizer: Tokenizer, ends: frozenset[int] = frozenset()) -> Tensor:
+    """Ids that are no text: rows that pad the vocabulary, and special tokens but those that end it."""
+    special = [token for token in tokenizer.special_ids if token != tokenizer.eos and token not in ends]
     return torch.tensor([*special, *range(tokenizer.size, model.config.vocab_size)], dtype=torch.long)
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siliconlm.config import ModelConfig
-from siliconlm.model.attention import block_attention
+from siliconlm.model.attention import block_attention, same_document
 from siliconlm.model.loss import chunk_rows, chunked_loss, matmul_dtype
 from siliconlm.model.ops import remade, rms_norm, rotate, swiglu
 
@@ -65,12 +65,13 @@ class Decoder(nn.Module):
     def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         return self.lm_head(self.model(ids_BT, cache))
 
-    def losses(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def losses(self, ids_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """Cross-entropy of each target in nats, float32 [B, T]; 0 where the target is -100.
 
         Without gradients it never holds more logits than a chunk's (see loss.py).
         """
-        x_NC, targets_N = self.model(ids_BT).flatten(0, 1), targets_BT.flatten()
+        x_NC = self.model(ids_BT, documents_BT=documents_BT).flatten(0, 1)
+        targets_N = targets_BT.flatten()
         rows = len(x_NC) if torch.is_grad_enabled() else chunk_rows(self.config.vocab_size)
         parts = [
             F.cross_entropy(self.lm_head(x_RC).float(), targets_R, ignore_index=-100, reduction="none")
@@ -78,11 +79,14 @@ class Decoder(nn.Module):
         ]
         return torch.cat(parts).view_as(targets_BT)
 
-    def loss(self, ids_BT: Tensor, targets_BT: Tensor, chunked: bool = False) -> Tensor:
+    def loss(
+        self, ids_BT: Tensor, targets_BT: Tensor, chunked: bool = False, documents_BT: Tensor | None = None
+    ) -> Tensor:
         """The sum of `losses`. `chunked`: by chunks with gradients too, which changes only rounding."""
         if not chunked or not torch.is_grad_enabled():
-            return self.losses(ids_BT, targets_BT).sum()
-        return chunked_loss(self.model(ids_BT).flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
+            return self.losses(ids_BT, targets_BT, documents_BT).sum()
+        x_BTC = self.model(ids_BT, documents_BT=documents_BT)
+        return chunked_loss(x_BTC.flatten(0, 1), self.lm_head.weight, targets_BT.flatten())
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -141,18 +145,19 @@ class Trunk(nn.Module):
             elif isinstance(module, Block | SwiGLU | GeluMLP):
                 module.remake = remake and self.config.n_embd >= REMADE_WIDTH
 
-    def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids_BT: Tensor, cache: Cache | None = None, documents_BT: Tensor | None = None) -> Tensor:
+        """`documents_BT`: numbers of documents that are not to see each other, where a row holds several."""
         start = cache.length if cache else 0
         x_BTC = self.embed_tokens(ids_BT)
         if self.embed_positions is not None:
-            x_BTC = x_BTC + self.embed_positions.weight[start : start + ids_BT.size(1)]
+            x_BTC = x_BTC + self.embed_positions(positions(start, ids_BT, documents_BT))
         x_BTC = F.dropout(x_BTC, self.config.dropout, self.training)
         angles = self.rotary(start, ids_BT.size(1)) if self.rotary is not None else None
         for block in self.layers:
             if self.checkpoint is not None and self.training:
-                x_BTC = self.checkpoint(block, x_BTC, angles, None)
+                x_BTC = self.checkpoint(block, x_BTC, angles, None, documents_BT)
             else:
-                x_BTC = block(x_BTC, angles, cache)
+                x_BTC = block(x_BTC, angles, cache, documents_BT)
         if cache:
             cache.length += ids_BT.size(1)
         return self.norm(x_BTC)
@@ -169,8 +174,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)
         self.remake = False  # see Trunk.suit
 
-    def forward(self, x_BTC: Tensor, angles: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        x_BTC = x_BTC + self._normed(self.input_layernorm, x_BTC, self.self_attn, angles, cache)
+    def forward(
+        self,
+        x_BTC: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
+        x_BTC = x_BTC + self._normed(self.input_layernorm, x_BTC, self.self_attn, angles, cache, documents_BT)
         return x_BTC + self._normed(self.post_attention_layernorm, x_BTC, self.mlp)
 
     def _normed(self, norm: nn.Module, x_BTC: Tensor, part: nn.Module, *inputs: Any) -> Tensor:
@@ -196,7 +207,13 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x_BTC: Tensor, angles: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTC: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
         batch, new, _ = x_BTC.shape
         q_BTHD = self.q_proj(x_BTC).view(batch, new, -1, self.config.head_dim)
         k_BTKD = self.k_proj(x_BTC).view(batch, new, -1, self.config.head_dim)
@@ -205,22 +222,33 @@ class Attention(nn.Module):
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         if angles is not None:
             q_BTHD, k_BTKD = rotate(q_BTHD, angles), rotate(k_BTKD, angles)
-        y_BHTD = self.attend(q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2), cache)
+        q_BHTD, k_BKTD, v_BKTD = (part.transpose(1, 2) for part in (q_BTHD, k_BTKD, v_BTKD))
+        y_BHTD = self.attend(q_BHTD, k_BKTD, v_BKTD, cache, documents_BT)
         y_BTC = self.o_proj(y_BHTD.transpose(1, 2).reshape(batch, new, -1))
         return F.dropout(y_BTC, self.config.dropout, self.training)
 
-    def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, cache: Cache | None) -> Tensor:
+    def attend(
+        self,
+        q_BHTD: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        cache: Cache | None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
         new, past = q_BHTD.size(2), cache.length if cache else 0
         if cache:
             k_BKTD, v_BKTD = cache.extend(self.index, k_BKTD, v_BKTD)
         elif self.query_block:
-            return block_attention(q_BHTD, k_BKTD, v_BKTD, self.query_block)
+            return block_attention(q_BHTD, k_BKTD, v_BKTD, self.query_block, documents_BT)
+        mask = causal_mask(new, past, q_BHTD.device) if new > 1 and (past or documents_BT is not None) else None
+        if mask is not None and documents_BT is not None:
+            mask = mask & same_document(documents_BT, documents_BT)[:, None]
         return F.scaled_dot_product_attention(
             q_BHTD,
             k_BKTD,
             v_BKTD,
-            attn_mask=causal_mask(new, past, q_BHTD.device) if past and new > 1 else None,
-            is_causal=not past and new > 1,
+            attn_mask=mask,
+            is_causal=mask is None and new > 1,
             enable_gqa=self.config.n_kv_head != self.config.n_head,
         )
 
@@ -317,6 +345,15 @@ class Rotary(nn.Module):
     def forward(self, start: int, new: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions start..start+new-1, each [T, 1, D]; the first half of the sines negative."""
         return self.cos[start : start + new, None], self.sin[start : start + new, None]  # type: ignore[index]
+
+
+def positions(start: int, ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+    """Learned positions count from where a document begins in its row: [T], or [B, T]. (Rotary ones are relative.)"""
+    place_T = torch.arange(start, start + ids_BT.size(1), device=ids_BT.device)
+    if documents_BT is None:
+        return place_T
+    begins_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+    return place_T - (place_T * begins_BT).cummax(dim=1).values
 
 
 def causal_mask(new: int, past: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from siliconlm.config import ModelConfig
+from siliconlm.data.chat import Template
 from siliconlm.data.tokenizer import Tokenizer, open_tokenizer
 from siliconlm.errors import SiliconError
 from siliconlm.files import PIECE, sync
@@ -31,6 +32,7 @@ NAMES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+TEMPLATE_FILE = "chat_template.jinja"
 TYPES = {name: dtype for dtype, name in NAMES.items()}
 MODEL_FILES = ("config.json", "tokenizer.json", "model.safetensors")  # what `read_model` reads
 LARGEST_HEADER = 16 << 20
@@ -141,9 +143,14 @@ def _tensor(raw: memoryview, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     return torch.frombuffer(raw, dtype=dtype).reshape(shape) if len(raw) else torch.empty(shape, dtype=dtype)
 
 
-def model_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The JSON files that make a folder of weights loadable by transformers, mlx-lm and others, by name."""
-    eos = tokenizer.inner.id_to_token(tokenizer.eos)
+def model_files(model: ModelConfig, tokenizer: Tokenizer, template: str | None = None) -> dict[str, bytes]:
+    """The files that make a folder of weights loadable by transformers, mlx-lm and others, by name.
+
+    With a chat `template`, which stands there twice: Ollama reads it in tokenizer_config.json alone, newer transformers
+    in a file of its own.
+    """
+    eos = tokenizer.name_of(tokenizer.eos)
+    ends = sorted(Template(template, tokenizer).ends, reverse=True) if template else [tokenizer.eos]
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.context,
@@ -155,10 +162,26 @@ def model_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
     files = {
         "config.json": families.to_hf_config(model, tokenizer.eos),
         "tokenizer_config.json": tokenizer_config,
-        "generation_config.json": {"eos_token_id": [tokenizer.eos], "pad_token_id": tokenizer.eos},
+        "generation_config.json": {"eos_token_id": ends, "pad_token_id": tokenizer.eos},
     }
+    if template:
+        tokenizer_config["chat_template"] = template
     texts = {name: json.dumps(content, indent=2).encode() + b"\n" for name, content in files.items()}
+    if template:
+        texts[TEMPLATE_FILE] = template.encode()
     return {**texts, "tokenizer.json": tokenizer.json().encode()}
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template of a model folder, where it has one."""
+    for name, find in ((TEMPLATE_FILE, str), ("tokenizer_config.json", lambda text: json.loads(text)["chat_template"])):
+        try:
+            return str(find((folder / name).read_text(encoding="utf-8")))
+        except (FileNotFoundError, KeyError):
+            continue
+        except (ValueError, TypeError, RecursionError) as error:
+            raise SiliconError(f"cannot be read: {error}", where=str(folder / name), kind="bad_data") from None
+    return None
 
 
 def read_model(folder: Path, sha256: str | None = None) -> tuple[Decoder, Tokenizer]:

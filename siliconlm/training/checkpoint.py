@@ -2,6 +2,7 @@
 
     runs/<name>/run.toml                      settings with their sources
                 log.jsonl                     every event, one a line
+                evals.jsonl                   evaluations and scores after training
                 checkpoints/step-000000500/   a Hugging Face model folder, plus what exact resume needs:
                     train.safetensors         raw weights, where the model's are their moving average
                     optimizer.safetensors     optimiser state by parameter name
@@ -154,6 +155,11 @@ class RunFolder:
     def log(self, event: Event) -> None:
         """Append one event with the time of day."""
         with open(self.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**event.as_json(), "at": round(time.time(), 3)}) + "\n")
+
+    def record(self, event: Event) -> None:
+        """Append what was found out about the run's model after training, which no log of training holds."""
+        with open(self.path / "evals.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({**event.as_json(), "at": round(time.time(), 3)}) + "\n")
 
     def _close_torn_line(self) -> None:

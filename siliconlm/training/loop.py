@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from siliconlm.config import RunConfig, TrainConfig
-from siliconlm.data.batches import IGNORED, Batches, evaluation_windows
+from siliconlm.data.batches import IGNORED, Batch, Stream
+from siliconlm.data.packing import Validation
 from siliconlm.data.prepare import Dataset
-from siliconlm.data.shards import Tokens
 from siliconlm.errors import SiliconError
 from siliconlm.events import Evaluated, Event, Finished, Notice, Progress, Saved, Step, Working
 from siliconlm.hardware.device import Device
@@ -38,46 +38,43 @@ FINAL_EVALUATION_SHARE = 0.1  # of a time budget, at most
 OVER = "deadline"  # ends a pause, not the run
 
 
-def train_step(state: TrainState, sequences: Tokens, lr: float) -> tuple[Tensor, Tensor]:
-    """One optimiser step on int64 sequences [N, T + 1]: loss (nats per token, before the step) and gradient norm.
+def train_step(state: TrainState, batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
+    """One optimiser step on a batch: loss (nats per learned token, before the step) and gradient norm.
 
     Both stay on the device. `lr` is a share of each group's peak learning rate.
     """
-    loss = accumulate(state, sequences)
+    loss = accumulate(state, batch)
     norm = update(state, lr)
     state.step += 1
-    state.tokens += _targets(sequences)
+    state.tokens += batch.inputs.size
     return loss, norm
 
 
-def accumulate(state: TrainState, sequences: Tokens) -> Tensor:
-    """Gradients of the mean loss over all tokens of a step, one micro-batch after the other; returns that loss.
+def accumulate(state: TrainState, batch: Batch) -> Tensor:
+    """Gradients of the mean loss over all learned tokens of a step, one micro-batch after the other; returns that loss.
 
     The sum over tokens is divided by their number in the whole step, so splitting it into other micro-batches changes
     only rounding. Dropout depends on (seed, step, micro-step) alone.
     """
     config, device = state.config, state.device
-    micro = config.machine.micro_batch or len(sequences)
-    total = _targets(sequences)
+    micro = config.machine.micro_batch or len(batch)
+    total = max(1, batch.learned)
     loss = torch.zeros((), device=device.torch_device)
-    for index, start in enumerate(range(0, len(sequences), micro)):
+    for index, start in enumerate(range(0, len(batch), micro)):
         device.seed(_mixed(config.train.seed, state.step, index))
-        ids, targets = to_device(sequences[start : start + micro], device)
+        ids, targets, documents = to_device(batch.rows(start, start + micro), device)
         with device.autocast():
-            part = state.model.loss(ids, targets, config.machine.chunked_loss) / total
+            part = state.model.loss(ids, targets, config.machine.chunked_loss, documents) / total
         (state.scaler.scale(part) if state.scaler else part).backward()
         loss += part.detach()
     return loss
 
 
-def _targets(sequences: Tokens) -> int:
-    return int((sequences[:, 1:] != IGNORED).sum())
-
-
-def to_device(sequences: Tokens, device: Device) -> tuple[Tensor, Tensor]:
-    """Inputs and shifted targets [B, T] on the device."""
-    tokens = torch.from_numpy(sequences).to(device.torch_device)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+def to_device(batch: Batch, device: Device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs, targets and documents [B, T] on the device."""
+    place = device.torch_device
+    ids, targets = (torch.from_numpy(np.ascontiguousarray(part)).to(place) for part in (batch.inputs, batch.targets))
+    return ids, targets, None if batch.documents is None else torch.from_numpy(batch.documents).to(place)
 
 
 def update(state: TrainState, lr: float) -> Tensor:
@@ -105,39 +102,42 @@ def _mixed(*numbers: int) -> int:
 
 
 def evaluate(
-    model: Decoder, dataset: Dataset, device: Device, batch: int, step: int, limit: int | None = None
+    model: Decoder,
+    dataset: Dataset,
+    windows: Validation,
+    device: Device,
+    batch: int,
+    step: int,
+    limit: int | None = None,
 ) -> Generator[Event, None, Evaluated]:
-    """Validation in non-overlapping windows of the training context, each token but the first scored once.
+    """The loss on a dataset's validation split, each learned token scored once.
 
     `val_loss` is nats per token; `val_bpb` bits per byte of text, end-of-text tokens left out. With a `limit` only
     that many windows are used, spread evenly. Draws no random numbers.
     """
     start = time.perf_counter()
     context = model.config.context
-    windows = -(-(dataset.val.count - 1) // context)
-    wanted = min(limit or windows, windows)
+    wanted = min(limit or windows.windows, windows.windows)
     specials = np.array(sorted(dataset.tokenizer.special_ids))
     nats = text_nats = 0.0
     tokens = text_tokens = done = 0
     was_training = model.training
     model.eval()
     try:
-        for inputs, targets in evaluation_windows(dataset.val, context, batch, wanted):
+        for part in windows.evaluation(batch, wanted):
             with torch.no_grad(), device.autocast():
-                losses = model.losses(*(torch.from_numpy(array).to(device.torch_device) for array in (inputs, targets)))
+                losses = model.losses(*to_device(part, device))
             scored = losses.cpu().numpy().astype(np.float64)
-            is_text = (targets != IGNORED) & ~np.isin(targets, specials)
-            nats, tokens = nats + scored.sum(), tokens + int((targets != IGNORED).sum())
+            is_text = (part.targets != IGNORED) & ~np.isin(part.targets, specials)
+            nats, tokens = nats + scored.sum(), tokens + part.learned
             text_nats, text_tokens = text_nats + scored[is_text].sum(), text_tokens + int(is_text.sum())
-            done = min(wanted, done + len(inputs))
+            done = min(wanted, done + len(part))
             yield Working("evaluate", done * context, wanted * context, "tokens")
     finally:
         model.train(was_training)
-    split = dataset.card["splits"]["val"]
-    # Each document begins with an end-of-text token, which is no text.
-    text_bytes = dataset.val_bytes * text_tokens / (split["tokens"] - split["documents"])
-    bpb = text_nats / math.log(2) / max(1.0, text_bytes)
-    return Evaluated(step, nats / tokens, bpb, tokens, wanted == windows, round(time.perf_counter() - start, 6))
+    bpb = text_nats / math.log(2) / max(1.0, dataset.val_bytes_per_token * text_tokens)
+    seconds = round(time.perf_counter() - start, 6)
+    return Evaluated(step, nats / max(1, tokens), bpb, tokens, wanted == windows.windows, seconds)
 
 
 def evaluation_batch(context: int, micro_batch: int | None = None) -> int:
@@ -209,8 +209,9 @@ class Loop:
     """Training in progress: what `fit` needs beside the state."""
 
     state: TrainState
-    batches: Batches
+    batches: Stream
     dataset: Dataset
+    validation: Validation
     save: Callable[[], Saved]
     stop: Callable[[], str | None]
     watch: Watch
@@ -225,7 +226,7 @@ class Loop:
 
     @property
     def windows(self) -> int:
-        return -(-(self.dataset.val.count - 1) // self.config.model.context)
+        return self.validation.windows
 
     def evaluation_rate(self) -> float:
         """Validation tokens per second: measured, or guessed from the training speed; 0 when neither is known."""
@@ -307,7 +308,8 @@ class Loop:
     def _evaluation(self, limit: int | None) -> Generator[Event, None, Evaluated]:
         batch = evaluation_batch(self.config.model.context, self.config.machine.micro_batch)
         with self.state.averaged():
-            work = evaluate(self.state.model, self.dataset, self.state.device, batch, self.state.step, limit)
+            state = self.state
+            work = evaluate(state.model, self.dataset, self.validation, state.device, batch, state.step, limit)
             result = yield from work
         self.clock.eval_rate = result.tokens / result.seconds
         self.clock.flushed = time.perf_counter()
@@ -398,13 +400,15 @@ def result_of(work: Generator[Event, None, Evaluated]) -> Evaluated:
 
 def fit(
     state: TrainState,
-    batches: Batches,
+    batches: Stream,
     dataset: Dataset,
+    validation: Validation,
     budget: Budget,
     run: tuple[str, str],
     save: Callable[[], Saved],
     stop: Callable[[], str | None],
     watch: Watch,
+    begin: bool = False,
 ) -> Iterator[Event]:
     """Train until `budget` is used or `stop()` gives the name of a reason; asked after each step.
 
@@ -412,13 +416,15 @@ def fit(
     Finished. `run` is the name and folder for that last record. What is due at a step is done before a stop, so that
     a run cut in two evaluates and saves where a straight one does. The last checkpoint is committed before the last
     evaluation, which may take long. What `watch` notices is told as Notices; where it says so, the run waits, saved,
-    for mains power.
+    for mains power. `begin`: evaluate and save before the first step, for a run that goes on from another's weights.
     """
     clock = Clock(budget, state.seconds, watch.sleepless, watch.sleepless(), tokens_flushed=state.tokens)
     clock.save_seconds = checkpoint_bytes(state.config) / SAVE_SPEED
-    loop = Loop(state, batches, dataset, save, stop, watch, clock, state.step)
+    loop = Loop(state, batches, dataset, validation, save, stop, watch, clock, state.step)
     stopped: str | None = None
     result: Evaluated | None = None
+    if begin:
+        yield from loop.checkpoint_evaluated()
     while not stopped and (before := loop.done()) < 1:
         loop.step()
         after = loop.done()

@@ -40,10 +40,14 @@ class TrainState:
     val_loss: float | None = None  # of the weights as they are now, or None
 
     @classmethod
-    def new(cls, config: RunConfig, device: Device) -> TrainState:
-        """A model with fresh weights (a pure function of the shape and `train.seed`) and its optimisers."""
+    def new(cls, config: RunConfig, device: Device, base: Decoder | None = None) -> TrainState:
+        """A model with the weights of a base, or fresh ones (a pure function of the shape and `train.seed`), and its
+        optimisers."""
         model = Decoder(config.model)
-        model.initialise(config.train.seed)
+        if base:
+            model.load_state_dict(base.state_dict())
+        else:
+            model.initialise(config.train.seed)
         return cls.around(config, device, model.to(device.torch_device), device.scaler())
 
     @classmethod
@@ -96,8 +100,8 @@ class TrainState:
         """Whether every weight is a number. Waits for the device once."""
         return bool(torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all())
 
-    def save(self, run: RunFolder, tokenizer: Tokenizer, fingerprint: str) -> Saved:
-        """Commit a checkpoint of this state."""
+    def save(self, run: RunFolder, tokenizer: Tokenizer, fingerprint: str, template: str | None = None) -> Saved:
+        """Commit a checkpoint of this state. `template` is the chat template it is taught, if any."""
         shape = self.config.model
         raw: dict[str, Tensor] = dict(self.model.named_parameters())
         tensors = {"model.safetensors": families.to_hf_tensors(shape, self.ema or raw)}
@@ -111,7 +115,7 @@ class TrainState:
             "val_loss": self.val_loss,
         }
         counters |= {"data": fingerprint, "scaler": self.scaler.state_dict() if self.scaler else None}
-        texts = {**model_files(shape, tokenizer), "state.json": json.dumps(counters).encode()}
+        texts = {**model_files(shape, tokenizer, template), "state.json": json.dumps(counters).encode()}
         return run.save(self.step, self.val_loss, texts, tensors, self.config.train.keep)
 
     def restore(self, checkpoint: Checkpoint, fingerprint: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from siliconlm.config import Layer, RunConfig, flatten, resolve
-from siliconlm.data.shards import Tokens
+from siliconlm.data.batches import Batch
 from siliconlm.errors import SiliconError
 from siliconlm.hardware.device import is_out_of_memory, open_device, plain_words
 from siliconlm.training.loop import accumulate, evaluation_batch, to_device, update
@@ -43,13 +43,13 @@ def measure(config: RunConfig, fraction: float, budget: int, seconds: float) -> 
     state = TrainState.new(config, device)
     micro = config.machine.micro_batch
     assert micro is not None
-    sequences = _random_sequences(config, micro)
-    loss, forward = _timed(state, sequences)
+    batch = _random_batch(config, micro)
+    loss, forward = _timed(state, batch)
     passes: list[float] = []
     updates: list[float] = []
     deviations: list[float] = []
     if micro < config.sequences_per_step:
-        again, forward = _timed(state, sequences)
+        again, forward = _timed(state, batch)
         passes.append(forward)
         deviations.append(abs(again - loss))
     updating = _timed_update(state)
@@ -57,14 +57,14 @@ def measure(config: RunConfig, fraction: float, budget: int, seconds: float) -> 
     # A second pass of many seconds is measurement enough, though its update was the first and a little slow.
     end = time.perf_counter() + (seconds if forward < LONG_PASS or not passes else 0.0)
     while not passes or time.perf_counter() < end:
-        again, forward = _timed(state, sequences)
+        again, forward = _timed(state, batch)
         deviations.append(abs(again - loss))
         passes.append(forward)
         updates.append(_timed_update(state))
     updates = updates or [updating]
-    batch = evaluation_batch(config.model.context, micro)
-    if batch > micro:
-        evaluate_once(state, _random_sequences(config, batch))
+    rows = evaluation_batch(config.model.context, micro)
+    if rows > micro:
+        evaluate_once(state, _random_batch(config, rows))
     burst = float(np.median(passes[: max(1, len(passes) // 10)]))
     canary = float(np.max(deviations))  # NaN where one is
     answer = _answer(device.peak_memory(), loss, float(np.median(passes)), float(np.median(updates)), canary)
@@ -76,10 +76,10 @@ def _answer(memory: int, loss: float, forward: float, updating: float, canary: f
     return {name: value if math.isfinite(value) else math.nan for name, value in values.items()}
 
 
-def _timed(state: TrainState, sequences: Tokens) -> tuple[float, float]:
+def _timed(state: TrainState, batch: Batch) -> tuple[float, float]:
     """The mean loss of a micro-batch and the seconds of its passes."""
     begun = time.perf_counter()
-    loss = accumulate(state, sequences)
+    loss = accumulate(state, batch)
     state.device.synchronise()
     return float(loss), time.perf_counter() - begun
 
@@ -93,18 +93,18 @@ def _timed_update(state: TrainState) -> float:
     return time.perf_counter() - begun
 
 
-def evaluate_once(state: TrainState, sequences: Tokens) -> None:
+def evaluate_once(state: TrainState, batch: Batch) -> None:
     """One batch of an evaluation: where the micro-batch is small it needs more memory than a training step."""
-    ids, targets = to_device(sequences, state.device)
     state.model.eval()
     with state.averaged(), torch.no_grad(), state.device.autocast():
-        state.model.losses(ids, targets)
+        state.model.losses(*to_device(batch, state.device))
     state.model.train()
 
 
-def _random_sequences(config: RunConfig, count: int) -> Tokens:
+def _random_batch(config: RunConfig, count: int) -> Batch:
     shape = (count, config.model.context + 1)
-    return np.random.default_rng(config.train.seed).integers(0, config.model.vocab_size, shape)
+    tokens = np.random.default_rng(config.train.seed).integers(0, config.model.vocab_size, shape)
+    return Batch.of(tokens, apart=config.data.document_mask)
 
 
 def die_with_parent() -> None:

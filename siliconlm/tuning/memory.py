@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from siliconlm.config import Layer, RunConfig, flatten, resolve
-from siliconlm.data.shards import Tokens
+from siliconlm.data.batches import Batch
 from siliconlm.errors import SiliconError
 from siliconlm.hardware.device import LARGEST_TENSOR, Device, open_device
 from siliconlm.model.decoder import Decoder
@@ -149,7 +149,7 @@ def _base(config: RunConfig, device: Device) -> int:
         }
     )
     state = TrainState.new(small, device)
-    accumulate(state, _sequences(small, 1))
+    accumulate(state, _batch(small, 1))
     update(state, 0.0)
     return int(psutil.Process().memory_info().rss)
 
@@ -160,9 +160,9 @@ def _forecast(config: RunConfig, device: Device, malloc: Malloc | None) -> Forec
     with _dry(device, malloc) as (stand_in, ledger):
         state = _state(config, stand_in, ledger)
         state.suit(device)  # not the stand-in's
-        accumulate(state, _sequences(config, min(2, config.sequences_per_step // micro)))
+        accumulate(state, _batch(config, min(2, config.sequences_per_step // micro)))
         update(state, 1.0)
-        evaluate_once(state, _sequences(config, 1, evaluation_batch(config.model.context, micro)))
+        evaluate_once(state, _batch(config, 1, evaluation_batch(config.model.context, micro)))
     parts = {name: ledger.parts[name] for name in ("weights", "gradients", "optimizer_state", "activations")}
     return Forecast(ledger.peak, **parts, hazards=list(ledger.hazards))
 
@@ -197,9 +197,9 @@ def _optimizer_state(state: TrainState) -> list[Tensor]:
     return list(optim.state_tensors(state.model, state.optimisers).values())
 
 
-def _sequences(config: RunConfig, micro_batches: int, micro: int | None = None) -> Tokens:
+def _batch(config: RunConfig, micro_batches: int, micro: int | None = None) -> Batch:
     shape = (micro_batches * (micro or config.machine.micro_batch or 1), config.model.context + 1)
-    return np.zeros(shape, dtype=np.int64)
+    return Batch.of(np.zeros(shape, dtype=np.int64), apart=config.data.document_mask)
 
 
 class Ledger(TorchDispatchMode):

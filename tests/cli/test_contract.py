@@ -19,6 +19,7 @@ import siliconlm
 from siliconlm import engine
 from siliconlm.cli.signals import Signals
 from siliconlm.config import known_settings
+from siliconlm.data.packing import validation
 from siliconlm.data.prepare import open_dataset
 from siliconlm.hardware.device import open_device
 from siliconlm.model.weights import read_model
@@ -394,7 +395,8 @@ def test_eval_has_the_loss_over_the_whole_split(silicon: Silicon, trained: Train
     with open_dataset("plays") as dataset:
         model, _ = read_model(trained.checkpoints("whole")[0])
         device = open_device(engine.configs.resolve().machine)
-        expected = result_of(evaluate(model, dataset, device, 16, 8))
+        windows = validation(dataset, model.config.context, engine.configs.DataConfig())
+        expected = result_of(evaluate(model, dataset, windows, device, 16, 8))
         assert record["tokens"] == dataset.val.count - 1 and record["complete"] is True
     assert record["val_loss"] == pytest.approx(expected.val_loss, abs=1e-5)
     assert record["val_bpb"] == pytest.approx(expected.val_bpb, abs=1e-5)

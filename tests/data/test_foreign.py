@@ -120,7 +120,8 @@ def test_nanogpts_characters_keep_their_ids(home: Path) -> None:
         assert dataset.card["tokenizer"]["kind"] == "char" and dataset.tokenizer.eos >= len(stoi)
         val = dataset.card["splits"]["val"]
         assert val["characters"] == len(text) - int(len(text) * 0.9) == val["tokens"] and val["documents"] == 1
-        assert dataset.val_bytes == len(text[int(len(text) * 0.9) :].encode())
+        assert val["bytes"] == len(text[int(len(text) * 0.9) :].encode())
+        assert dataset.val_bytes_per_token == val["bytes"] / val["tokens"], "no token between documents"
         dataset.verify()
     assert remake_command(home / "data" / "mine") == "silicon prepare char --name mine --force"
 
@@ -135,6 +136,7 @@ def test_nanogpts_bpe_needs_its_tokenizer(home: Path) -> None:
         assert splits["train"]["documents"] == len(TEXTS) - 5 and splits["val"]["documents"] == 5
         assert splits["train"]["bytes"] == len("".join(TEXTS[:-5]).encode())
         assert splits["train"]["characters"] == len("".join(TEXTS[:-5]))
+        assert splits["val"]["learned_text"] == splits["val"]["tokens"] - 5
         assert dataset.tokenizer.sha256 == BPE.sha256
     assert remake_command(home / "data" / "mine").endswith("tokenizer.json --force")
     shutil.copy("own.json", "bpe/tokenizer.json")

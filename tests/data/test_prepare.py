@@ -63,7 +63,7 @@ def test_the_text_comes_back_from_the_tokens(verse: str, home: Path, kind: str) 
         assert split_text(dataset, "train") == text[:n_train]
         assert split_text(dataset, "val") == text[n_train:]
         assert dataset.train.read(0, 1)[0] == dataset.val.read(0, 1)[0] == dataset.tokenizer.eos
-        assert dataset.val_bytes == len(text[n_train:].encode())
+        assert dataset.val_bytes_per_token == len(text[n_train:].encode()) / (dataset.val.count - 1)
         assert dataset.card == done.card == json.loads((home / "data" / "mine" / "dataset.json").read_text())
         dataset.verify()
     assert sorted(os.listdir(home / "data" / "mine")) == ["dataset.json", "tokenizer.json", "train.bin", "val.bin"]
