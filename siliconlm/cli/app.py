@@ -163,6 +163,26 @@ def prepare(
     render.prepare(steps, json_out)
 
 
+@app.command(epilog="Example: silicon tokenizer shakespeare 'To be, or not to be'")
+def tokenizer(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="SOURCE", help="A dataset, a run, a tokenizer.json, or hf://OWNER/NAME."),
+    ] = None,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="Text to cut. [default: validation text]")] = None,
+    json_out: options.Json = False,
+) -> None:
+    """Show a tokenizer, and how it cuts a text.
+
+    Its size, the bytes a token stands for on average, and the tokens in colours. Without SOURCE it is the one dataset's
+    there is.
+    """
+    from siliconlm.cli import render
+    from siliconlm.data.vocabulary import describe
+
+    render.tokenizer(describe(*_tokenizer_of(source), text), json_out)
+
+
 @app.command("probe-batch", epilog="Example: silicon probe-batch --preset small --data shakespeare")
 def probe_batch(
     data: options.Data = None,
@@ -488,6 +508,31 @@ def _write(source: list[str], format: str | None, output: str | None) -> Iterato
         fix = "Type: silicon prepare DATASET --write nanogpt --output DIR"
         raise SiliconError("--write takes one dataset and --output", fix=fix)
     return write_tokens(source[0], format, Path(output).expanduser())
+
+
+def _tokenizer_of(source: str | None) -> tuple[str, str | None]:
+    """Where a tokenizer is, and the dataset whose text to show: a run is its newest checkpoint and its dataset."""
+    from pathlib import Path
+
+    from siliconlm.data.vocabulary import is_tokenizer
+
+    if source is None:
+        from siliconlm import engine
+
+        return engine.default_data(_request(None, None, "none", None, {})) or engine.BUILTIN, None
+    if is_tokenizer(source):
+        return source, None
+    from siliconlm.data.prepare import datasets
+    from siliconlm.errors import nearest
+    from siliconlm.training.checkpoint import all_runs, find_run
+
+    known = [*datasets(), *(run.name for run in all_runs())]
+    if source not in known and not (Path(source).expanduser() / "run.toml").is_file():
+        fix = nearest(source, known) or (f"There are: {', '.join(known[:8])}." if known else "Type: silicon prepare")
+        raise SiliconError(f"no dataset, run or file named {source!r}", fix=fix, kind="missing_input")
+    run = find_run(source)
+    checkpoint, _ = run.newest(["tokenizer.json"])
+    return str(checkpoint.path), run.config()[0].data.name
 
 
 def _request(

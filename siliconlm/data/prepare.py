@@ -36,6 +36,7 @@ from siliconlm.data.tokenizer import (
     bpe_tokenizer,
     byte_tokenizer,
     char_tokenizer,
+    check_vocab_size,
     chunks,
     open_tokenizer,
 )
@@ -126,7 +127,8 @@ def prepare(
             yield from _unused(field, vocab_size, val_fraction)
             plan = yield from _token_plan(found, given if tokenizer else None, tokenizer)
         else:
-            plan = yield from _text_plan(sources, field, tokenizer or "byte", given, vocab_size, val_fraction)
+            size = (yield from _rounded(vocab_size)) if tokenizer == "bpe" else None
+            plan = yield from _text_plan(sources, field, tokenizer or "byte", given, size, val_fraction)
         if not to_make or (target.exists() and not force):  # the latter: made just before the lock
             yield reused(target, plan.recipe)
             return
@@ -197,12 +199,21 @@ def _given(text: _Text) -> str:
     return " ".join(source.name for source in text.sources)
 
 
+def _rounded(vocab_size: int) -> Generator[Event, None, int]:
+    """The next multiple of 64, to which a model's embedding is padded anyway."""
+    check_vocab_size(vocab_size)
+    size = -(-vocab_size // 64) * 64
+    if size != vocab_size:
+        yield Notice(f"--vocab-size {vocab_size} was rounded up to {size}, a multiple of 64")
+    return size
+
+
 def _text_plan(
     sources: list[str],
     field: str | None,
     tokenizer: str,
     given: Tokenizer | None,
-    vocab_size: int,
+    vocab_size: int | None,
     val_fraction: float,
 ) -> Generator[Event, None, _Plan]:
     """Read the text once, to count it."""
@@ -214,10 +225,10 @@ def _text_plan(
         "files": [item.sha256 for item in text.documents],
         "field": field,
         "tokenizer": given.sha256 if given else tokenizer,
-        "vocab_size": vocab_size if tokenizer == "bpe" else None,
+        "vocab_size": vocab_size,
         "val_fraction": val_fraction,
     }
-    return _Plan(recipe, partial(_write_text, text, tokenizer, given, vocab_size))
+    return _Plan(recipe, partial(_write_text, text, given, vocab_size))
 
 
 def reused(target: Path, recipe: dict[str, Any]) -> Prepared:
@@ -289,8 +300,8 @@ def _batches(parts: Iterator[Part]) -> Iterator[list[Part]]:
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 
-def _make_tokenizer(text: _Text, kind: str, vocab_size: int) -> Generator[Event, None, Tokenizer]:
-    if kind == "char":
+def _make_tokenizer(text: _Text, vocab_size: int | None) -> Generator[Event, None, Tokenizer]:
+    if vocab_size is None:
         return char_tokenizer(text.alphabet)
     yield Working(f"learning a vocabulary of {vocab_size:,} tokens", 0, 0)
     size = _learnable(text)
@@ -353,10 +364,10 @@ def _warn(text: _Text, made: Tokenizer) -> Iterator[Notice]:
 
 
 def _write_text(
-    text: _Text, tokenizer: str, given: Tokenizer | None, vocab_size: int, stage: Path
+    text: _Text, given: Tokenizer | None, vocab_size: int | None, stage: Path
 ) -> Generator[Event, None, dict[str, Any]]:
     """Everything in the dataset's folder but the card; returns what the card says of it."""
-    made = given or (yield from _make_tokenizer(text, tokenizer, vocab_size))
+    made = given or (yield from _make_tokenizer(text, vocab_size))
     yield from _warn(text, made)
     splits = {}
     for split, start, end in (("train", 0, text.n_train), ("val", text.n_train, text.characters)):

@@ -245,7 +245,7 @@ def read_texts(path: Path, field: str | None = None, watch: Watch | None = None)
         records = read_records(path, watch)
     for number, (place, record) in enumerate(records):
         if not (number or field) and looks_like_chat(record):
-            raise _conversations(place)
+            raise _conversations(path, place)
         text = record if isinstance(record, str) else _field(record, field or TEXT, place)
         if not text or text.isspace():
             yield ""
@@ -278,7 +278,7 @@ def _check_columns(path: Path, field: str | None) -> None:
     with _parquet(path) as file:
         names = file.schema_arrow.names
     if not field and looks_like_chat(dict.fromkeys(names)):
-        raise _conversations(str(path))
+        raise _conversations(path, str(path))
     if (field or TEXT) not in names:
         raise _no_field("column", field or TEXT, names, str(path))
 
@@ -306,6 +306,6 @@ def looks_like_chat(record: Any) -> bool:
     return isinstance(record, dict) and any(keys <= record.keys() for keys in CHAT_KEYS)
 
 
-def _conversations(place: str) -> SiliconError:
-    fix = "To train on one field as plain text, name it: --field NAME"
+def _conversations(path: Path, place: str) -> SiliconError:
+    fix = f"Type: silicon finetune --data {path}, or read one field as plain text: --field NAME"
     return SiliconError("these are conversations, not texts", where=place, fix=fix, kind="bad_data")

@@ -250,9 +250,7 @@ def _spelled(characters: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 def bpe_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE learned from `chunks` of text. May be smaller than asked for where the text has too few pairs."""
-    if vocab_size < SMALLEST_BPE:
-        what = f"vocab_size {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes come first"
-        raise SiliconError(what, fix=f"Type --vocab-size {SMALLEST_BPE} or more")
+    check_vocab_size(vocab_size)
     inner = _dress(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -263,6 +261,13 @@ def bpe_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     inner.train_from_iterator(chunks, trainer)
     return _wrap(inner, inner.to_str(), "bpe")
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a BPE vocabulary without room for what comes first."""
+    if vocab_size < SMALLEST_BPE:
+        what = f"vocab_size {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes come first"
+        raise SiliconError(what, fix=f"Type --vocab-size {SMALLEST_BPE} or more")
 
 
 def _ours(kind: str, tokens: Iterable[str], merges: list[tuple[str, str]]) -> Tokenizer:

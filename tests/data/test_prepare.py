@@ -97,7 +97,7 @@ def test_tiny_shakespeare_has_the_known_numbers() -> None:
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs tiny Shakespeare beside the repository")
 def test_streaming_gives_the_tokens_of_the_whole_text(home: Path) -> None:
-    made([str(REAL)], "tiny", "bpe", vocab_size=1000)
+    made([str(REAL)], "tiny", "bpe", vocab_size=1024)
     plain = tokenizers.Tokenizer.from_file(str(home / "data" / "tiny" / "tokenizer.json"))
     with open_dataset("tiny") as dataset:
         expected = plain.encode(REAL.read_text()[:1_003_854]).ids
@@ -268,8 +268,18 @@ def test_a_given_tokenizer_that_changes_the_text_is_told(verse: str, tmp_path: P
 
 
 def test_a_vocabulary_that_stays_small_is_told(verse: str) -> None:
-    notices = [event.message for event in prepare([verse], "mine", "bpe", 5000) if isinstance(event, Notice)]
-    assert len(notices) == 1 and "not 5,000" in notices[0]
+    notices = [event.message for event in prepare([verse], "mine", "bpe", 5056) if isinstance(event, Notice)]
+    assert len(notices) == 1 and "not 5,056" in notices[0]
+
+
+def test_a_vocabulary_is_a_multiple_of_64() -> None:
+    Path("a.jsonl").write_text("\n".join(json.dumps(f"{number * 7919} {number**3}") for number in range(2000)))
+    events = list(prepare(["a.jsonl"], "mine", "bpe", 290))
+    [notice] = [event.message for event in events if isinstance(event, Notice)]
+    assert notice == "--vocab-size 290 was rounded up to 320, a multiple of 64"
+    with open_dataset("mine") as dataset:
+        assert dataset.tokenizer.size == 320 and dataset.card["recipe"]["vocab_size"] == 320
+    assert made(["a.jsonl"], "mine", "bpe", 320).reused
 
 
 def test_a_long_text_is_learned_from_in_part(verse: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,7 +456,7 @@ def test_a_damaged_dataset_is_named(verse: str, home: Path, case: str) -> None:
     [
         ({}, ["--tokenizer", "byte"]),
         ({"tokenizer": "char", "val_fraction": 0.25}, ["--tokenizer", "char", "--val-fraction", "0.25"]),
-        ({"tokenizer": "bpe", "vocab_size": 300}, ["--tokenizer", "bpe", "--vocab-size", "300"]),
+        ({"tokenizer": "bpe", "vocab_size": 300}, ["--tokenizer", "bpe", "--vocab-size", "320"]),
     ],
 )
 def test_the_advice_on_damage_is_the_command_that_made_it(
