@@ -43,6 +43,16 @@ class Prepared(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Written(Event):
+    """A dataset stands in the folder `path` as `files` of another program."""
+
+    name: str
+    format: str
+    path: str
+    files: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Probed(Event):
     """One setting tried by real training steps in a child process.
 

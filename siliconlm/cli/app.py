@@ -18,7 +18,7 @@ from siliconlm.errors import SiliconError, from_os_error
 if TYPE_CHECKING:
     from siliconlm.config import Layer, MachineConfig
     from siliconlm.engine import Request
-    from siliconlm.events import Chosen
+    from siliconlm.events import Chosen, Event
 
 app = typer.Typer(
     name="silicon",
@@ -126,22 +126,61 @@ def doctor(
 def prepare(
     source: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SOURCE", help="Files, folders, globs, or shakespeare. [default: built-in corpus]"),
+        typer.Argument(
+            metavar="SOURCE", help="Files, folders, globs, hf://..., or shakespeare. [default: built-in corpus]"
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="N", help="Name of the dataset. [default: from SOURCE]")] = None,
-    tokenizer: Annotated[str, typer.Option(metavar="T", help="byte, char, bpe or a tokenizer.json.")] = "byte",
+    field: Annotated[str | None, typer.Option(metavar="F", help="Where a record's text is. [default: text]")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="byte, char, bpe, a tokenizer.json, or hf://OWNER/NAME. [default: byte]"),
+    ] = None,
     vocab_size: Annotated[int, typer.Option(metavar="V", help="Size of a bpe vocabulary.")] = 4096,
     val_fraction: Annotated[float, typer.Option(metavar="F", help="Share of the text kept for validation.")] = 0.1,
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset of the same name.")] = False,
+    write: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Write the dataset SOURCE as files of nanogpt or llmc.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="Where to write them.")] = None,
     json_out: options.Json = False,
 ) -> None:
-    """Turn text into tokens on disk."""
+    """Turn text into tokens on disk.
+
+    Reads text files, and JSON Lines, JSON and Parquet files, in which each record is a text. SOURCE can also be
+    hf://datasets/OWNER/NAME[/SPLIT], from the Hugging Face hub, or a folder of token files of nanoGPT, llm.c,
+    modded-nanogpt or TinyRecursiveModels, which are taken as they are.
+    """
     from siliconlm import engine
     from siliconlm.cli import render
 
+    if write or output:
+        render.written(_write(source or [], write, output), json_out)
+        return
     sources = source or [engine.BUILTIN]
     dataset = name or engine.dataset_name(sources)
-    render.prepare(engine.prepare(sources, dataset, tokenizer, vocab_size, val_fraction, force), json_out)
+    steps = engine.prepare(sources, dataset, tokenizer, vocab_size, val_fraction, force, field=field)
+    render.prepare(steps, json_out)
+
+
+@app.command(epilog="Example: silicon tokenizer shakespeare 'To be, or not to be'")
+def tokenizer(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="SOURCE", help="A dataset, a run, a tokenizer.json, or hf://OWNER/NAME."),
+    ] = None,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="Text to cut. [default: validation text]")] = None,
+    json_out: options.Json = False,
+) -> None:
+    """Show a tokenizer, and how it cuts a text.
+
+    Its size, the bytes a token stands for on average, and the tokens in colours. Without SOURCE it is the one dataset's
+    there is.
+    """
+    from siliconlm.cli import render
+    from siliconlm.data.vocabulary import describe
+
+    render.tokenizer(describe(*_tokenizer_of(source), text), json_out)
 
 
 @app.command("probe-batch", epilog="Example: silicon probe-batch --preset small --data shakespeare")
@@ -468,6 +507,42 @@ def settings(
     from siliconlm.cli import render
 
     render.settings(section, json_out)
+
+
+def _write(source: list[str], format: str | None, output: str | None) -> Iterator[Event]:
+    from pathlib import Path
+
+    from siliconlm.data.write import write_tokens
+
+    if len(source) != 1 or not format or not output:
+        fix = "Type: silicon prepare DATASET --write nanogpt --output DIR"
+        raise SiliconError("--write takes one dataset and --output", fix=fix)
+    return write_tokens(source[0], format, Path(output).expanduser())
+
+
+def _tokenizer_of(source: str | None) -> tuple[str, str | None]:
+    """Where a tokenizer is, and the dataset whose text to show: a run is its newest checkpoint and its dataset."""
+    from pathlib import Path
+
+    from siliconlm.data.vocabulary import is_tokenizer
+
+    if source is None:
+        from siliconlm import engine
+
+        return engine.default_data(_request(None, None, "none", None, {})) or engine.BUILTIN, None
+    if is_tokenizer(source):
+        return source, None
+    from siliconlm.data.prepare import datasets
+    from siliconlm.errors import nearest
+    from siliconlm.training.checkpoint import all_runs, find_run
+
+    known = [*datasets(), *(run.name for run in all_runs())]
+    if source not in known and not (Path(source).expanduser() / "run.toml").is_file():
+        fix = nearest(source, known) or (f"There are: {', '.join(known[:8])}." if known else "Type: silicon prepare")
+        raise SiliconError(f"no dataset, run or file named {source!r}", fix=fix, kind="missing_input")
+    run = find_run(source)
+    checkpoint, _ = run.newest(["tokenizer.json"])
+    return str(checkpoint.path), run.config()[0].data.name
 
 
 def _request(

@@ -8,8 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,6 +24,9 @@ from siliconlm.cli.signals import Signals
 from siliconlm.errors import SiliconError, nearest
 from siliconlm.hardware.diagnosis import Diagnosis
 
+if TYPE_CHECKING:
+    from siliconlm.data.vocabulary import Vocabulary
+
 
 class Terminal(Console):
     def on_broken_pipe(self) -> None:
@@ -32,6 +36,7 @@ class Terminal(Console):
 WIDE = 200  # columns of a table that goes into a file or a pipe: a row is then a line
 out = Terminal(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDE)
 err = Terminal(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+BACKGROUNDS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
 MARKS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
 
 
@@ -169,6 +174,34 @@ def prepare(events: Iterable[ev.Event], json_out: bool) -> None:
                 f"{tokenizer['kind']} tokenizer with {tokenizer['size']:,} entries"
             )
             out.print(f"  next: silicon train --data {event.name}")
+
+
+def written(events: Iterable[ev.Event], json_out: bool) -> None:
+    for event in bars(events, json_out):
+        if isinstance(event, ev.Written):
+            if json_out:
+                as_json(event.as_json())
+            else:
+                out.print(f"dataset {event.name} is written for {event.format}: {event.path}")
+                out.print(f"  {', '.join(event.files)}")
+
+
+def tokenizer(found: Vocabulary, json_out: bool) -> None:
+    """What a tokenizer is, and its tokens side by side: in colours, or with bars between them."""
+    if json_out:
+        as_json(asdict(found))
+        return
+    out.print(f"{found.kind} tokenizer with {found.size:,} entries")
+    if found.bytes_per_token is not None:
+        out.print(f"  {found.bytes_per_token:.2f} bytes per token on {found.measured}")
+    shown = [printable(piece).replace("\n", "↵\n") for piece in found.pieces]
+    if not out.is_terminal:
+        out.print(Text("|".join(shown)))
+        return
+    text = Text()
+    for number, piece in enumerate(shown):
+        text.append(piece, BACKGROUNDS[number % len(BACKGROUNDS)])
+    out.print(text)
 
 
 def bars(events: Iterable[ev.Event], quiet: bool) -> Iterator[ev.Event]:
