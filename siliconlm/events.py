@@ -109,7 +109,7 @@ class Tested(Event):
 
 @dataclass(frozen=True, slots=True)
 class Started(Event):
-    """Training begins or goes on."""
+    """Training begins or goes on. `machine` says in words on what: chip, cores, memory, system, Python and torch."""
 
     run: str
     path: str
@@ -122,6 +122,7 @@ class Started(Event):
     context: int
     budget: str
     choices: list[Chosen] = field(default_factory=list)
+    machine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,26 @@ class Evaluated(Event):
     tokens: int
     complete: bool
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scored(Event):
+    """Exact matches of a model's answers on a task's held-out questions."""
+
+    step: int
+    task: str
+    correct: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Example(Event):
+    """What the model wrote, for the report."""
+
+    step: int
+    prompt: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
