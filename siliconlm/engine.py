@@ -620,8 +620,9 @@ def _run(
         seconds = _example_seconds(budget)
         for event in fit(state, batches, dataset, budget, (run.name, str(run.path)), save, stop, watch, seconds):
             if isinstance(event, Finished) and event.reason == "done":
-                left = seconds if budget.seconds is None else min(seconds, budget.seconds - event.seconds)
-                yield from _examples(run, event.step, _prompts(dataset, about), device, left, stop)
+                if budget.deadline:
+                    seconds = min(seconds, (budget.deadline - datetime.now(UTC)).total_seconds())
+                yield from _examples(run, event.step, _prompts(dataset, about), device, seconds, stop)
             yield event
 
 

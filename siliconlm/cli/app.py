@@ -349,16 +349,15 @@ def runs(
     json_out: options.Json = False,
 ) -> None:
     """A table of all runs, or one run's figures, checkpoints and stages."""
-    from siliconlm.cli import page, render
+    from siliconlm import engine
+    from siliconlm.cli import charts, render
     from siliconlm.cli.report import read_report
 
     if run is None and not plot:
-        from siliconlm import engine
-
         render.runs(engine.runs(), json_out)
         return
     found = read_report(run)
-    render.run(found, page.terminal_plot(found, *render.plot_size()) if plot else [], json_out)
+    render.run(found, charts.terminal_plot(found, *render.plot_size()) if plot else [], json_out)
 
 
 @app.command(epilog="Example: silicon report first second --output side-by-side.html")

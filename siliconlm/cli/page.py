@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,26 +15,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from siliconlm import __version__
-from siliconlm.cli.plot import (
-    Chart,
-    Line,
-    ceiling,
-    chart,
-    drawing,
-    from_zero,
-    loss_axis,
-    smooth,
-    time_axis,
-    tokens_axis,
-)
-from siliconlm.cli.report import Curve, Report, Setting
+from siliconlm.cli.charts import losses, over_tokens, terminal_plot
+from siliconlm.cli.report import Evaluation, Report, Setting
 from siliconlm.cli.words import clock, few, number, size
 from siliconlm.errors import SiliconError
 from siliconlm.files import write_file
 
 TEMPLATES = Path(__file__).parent / "pages"
-COLOURS = 6  # of runs side by side; then they come again
-NATS = "nats per token"
 COLUMNS, ROWS = 78, 16  # of the plot in Markdown
 
 
@@ -68,9 +56,8 @@ def target(output: str | None, default: Path, name: str) -> Path:
     if path.suffix in (".html", ".md") and not path.is_dir():
         return path
     if path.is_file():
-        raise SiliconError(
-            f"--output {output} is a file that is no page", fix="Name a folder, or a file like run.html."
-        )
+        fix = "Name a folder, or a file like run.html."
+        raise SiliconError(f"--output {output} is a file, and no page", fix=fix)
     return path / f"{name}.html"
 
 
@@ -88,15 +75,7 @@ def markdown_pages() -> Environment:
 def _environment(**options: Any) -> Environment:
     loader = FileSystemLoader(TEMPLATES)
     made = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
-    made.filters |= {
-        "clock": clock,
-        "few": few,
-        "number": number,
-        "size": size,
-        "moment": moment,
-        "fenced": fenced,
-        "code": code,
-    }
+    made.filters |= {"clock": clock, "number": number, "size": size, "moment": moment, "fenced": fenced, "code": code}
     made.globals["version"] = __version__
     return made
 
@@ -133,8 +112,8 @@ def single(report: Report) -> dict[str, Any]:
     return {
         "run": report,
         "tiles": tiles(report),
-        "views": views([report]),
-        "small": small_charts(report),
+        "views": losses([report]),
+        "small": over_tokens(report),
         "plot": "\n".join("".join(text for _, text in line) for line in terminal_plot(report, COLUMNS, ROWS)),
         "changed": changed,
         "unchanged": [setting for setting in report.settings if not setting.changed],
@@ -191,104 +170,8 @@ def dataset_words(report: Report) -> str:
         return name and f"{name} (no longer there as it was)"
     splits, tokenizer = card["splits"], card["tokenizer"]
     train, val = number(splits["train"]["tokens"]), number(splits["val"]["tokens"])
-    return (
-        f"{name}: {train} training and {val} validation tokens, {tokenizer['kind']} tokenizer of {tokenizer['size']:,}"
-    )
-
-
-# --- charts ----------------------------------------------------------------------------------------------------------
-
-
-def views(reports: Sequence[Report]) -> list[tuple[str, str, Chart]]:
-    """The loss over tokens, over tokens in powers of ten, and over time: a word for the page, a name, the chart."""
-    by_tokens = lines(reports, lambda curve: curve.tokens)
-    by_time = lines(reports, lambda curve: curve.seconds)
-    if not any(len(line.x) for line in by_tokens):
-        return []
-    first, last = min(ends(by_tokens, 0)), max(ends(by_tokens, -1))
-    cut, whole = loss_axis(by_tokens, ceiling(smoothed(by_tokens))), loss_axis(by_tokens)
-    made = [
-        ("tokens", "tokens", chart(NATS, by_tokens, tokens_axis(last), cut)),
-        ("log", "tokens, log scale", chart(NATS, by_tokens, tokens_axis(last, max(1, first)), whole)),
-    ]
-    if longest := max(ends(by_time, -1)):
-        made.append(("time", "time", chart(NATS, by_time, time_axis(longest), cut)))
-    return made
-
-
-def ends(drawn: Iterable[Line], index: int) -> list[float]:
-    return [line.x[index] for line in drawn if len(line.x)]
-
-
-def smoothed(drawn: Iterable[Line]) -> list[Line]:
-    return [line for line in drawn if line.style != "raw"]
-
-
-def lines(reports: Sequence[Report], across: Callable[[Curve], Sequence[float]]) -> list[Line]:
-    """The curves of a chart of losses: of one run with its single steps and its floor, of several each in a colour."""
-    if len(reports) == 1:
-        [report] = reports
-        raw = Line("each step", "raw", across(report.loss), report.loss.values)
-        return [
-            raw,
-            *run_lines(report, across, "training, smoothed", "train", "validation", "val"),
-            *floor_line(report, across),
-        ]
-    drawn = []
-    for index, report in enumerate(reports):
-        colour = f"run-{index % COLOURS}"
-        drawn += run_lines(report, across, report.run, f"{colour} thin", "", colour)
-    return drawn
-
-
-def run_lines(
-    report: Report, across: Callable[[Curve], Sequence[float]], name: str, style: str, val_name: str, val_style: str
-) -> list[Line]:
-    loss, points = report.loss, evaluation_curve(report)
-    words = [f"step {point.step:,}: {point.val_loss:.4f}" for point in report.evaluations]
-    training = Line(name, style, across(loss), smooth(loss.values))
-    return [training, Line(val_name, val_style, across(points), points.values, True, words)]
-
-
-def evaluation_curve(report: Report) -> Curve:
-    points = report.evaluations
-    return Curve([p.tokens for p in points], [p.seconds for p in points], [p.val_loss for p in points])
-
-
-def floor_line(report: Report, across: Callable[[Curve], Sequence[float]]) -> list[Line]:
-    x = across(report.loss)
-    if report.floor is None or not x:
-        return []
-    return [Line("entropy of the validation text", "floor", [x[0], x[-1]], [report.floor.per_token] * 2)]
-
-
-def small_charts(report: Report) -> list[Chart]:
-    """The learning rate, the speed and the memory over tokens."""
-    wanted: list[tuple[str, Curve, Callable[[float], str]]] = [
-        ("learning rate, as a share of its peak", report.learning_rate, "{:.2g}".format),
-        ("tokens per second", report.speed, number),
-        ("memory", report.memory, size),
-    ]
-    return [
-        chart(
-            name,
-            [Line("", "train", curve.tokens, curve.values)],
-            tokens_axis(curve.tokens[-1]),
-            from_zero(curve.values, words),
-        )
-        for name, curve, words in wanted
-        if curve.values
-    ]
-
-
-def terminal_plot(report: Report, columns: int, rows: int) -> list[list[tuple[str, str]]]:
-    """The loss over tokens as lines of (style, characters); none where nothing was trained yet."""
-    if not report.loss.values:
-        return []
-    training, validation = run_lines(report, lambda curve: curve.tokens, "", "train", "", "val")
-    both = [training, validation]
-    axis = loss_axis(both, ceiling(both))
-    return drawing(training, validation, tokens_axis(max(ends(both, -1))), axis, columns, rows)
+    made = f"{tokenizer['kind']} tokenizer with {tokenizer['size']:,} entries"
+    return f"{name}: {train} training and {val} validation tokens, {made}"
 
 
 # --- runs side by side -----------------------------------------------------------------------------------------------
@@ -300,7 +183,7 @@ def compared(reports: Sequence[Report]) -> dict[str, Any]:
         "runs": reports,
         "names": [report.run for report in reports],
         "rows": rows(reports),
-        "views": views(reports),
+        "views": losses(reports),
         "settings": differing(reports),
     }
 
@@ -310,8 +193,8 @@ def rows(reports: Sequence[Report]) -> list[Row]:
         return Row(name, [words(report) or "-" for report in reports])
 
     return [
-        losses("validation loss (nats per token)", reports, "val_loss", same_data(reports)),
-        losses("bits per byte", reports, "val_bpb", same_text(reports)),
+        loss_row("validation loss (nats per token)", reports, "val_loss", same_data(reports)),
+        loss_row("bits per byte", reports, "val_bpb", same_text(reports)),
         *score_rows(reports),
         row("state", lambda report: report.state),
         row("dataset", lambda report: str(report.started.get("dataset", ""))),
@@ -329,12 +212,18 @@ def rows(reports: Sequence[Report]) -> list[Row]:
     ]
 
 
-def losses(name: str, reports: Sequence[Report], field: str, comparable: bool) -> Row:
+def loss_row(name: str, reports: Sequence[Report], field: str, comparable: bool) -> Row:
     """The last evaluations. The lowest is the best where all were made on the same."""
     values = [getattr(report.last, field) if report.last else math.inf for report in reports]
     lowest = min(values)
     best = {index for index, value in enumerate(values) if value == lowest < math.inf} if comparable else set()
-    return Row(name, [f"{value:.4f}" if value < math.inf else "-" for value in values], frozenset(best))
+    return Row(name, [loss_words(report.last, field) for report in reports], frozenset(best))
+
+
+def loss_words(last: Evaluation | None, field: str) -> str:
+    if last is None:
+        return "-"
+    return f"{getattr(last, field):.4f}" + ("" if last.complete else " on a part")
 
 
 def score_rows(reports: Sequence[Report]) -> list[Row]:
@@ -357,10 +246,16 @@ def same_data(reports: Sequence[Report]) -> bool:
 
 def same_text(reports: Sequence[Report]) -> bool:
     """Whether all have the same validation text, whatever their tokenizers: bits per byte can then be compared."""
-    recipes = [report.card["recipe"] if report.card else None for report in reports]
-    if same_data(reports):
-        return True
-    return None not in recipes and len({(*r["files"], r["val_fraction"]) for r in recipes if r}) == 1
+    return same_data(reports) or len({recipe_of_text(report) for report in reports}) == 1
+
+
+def recipe_of_text(report: Report) -> str:
+    """What the text of a run's dataset is made of; of one that is gone nothing is known, not even that it is like
+    another's."""
+    if report.card is None:
+        return report.path
+    recipe = {name: value for name, value in report.card["recipe"].items() if name not in ("tokenizer", "vocab_size")}
+    return json.dumps(recipe, sort_keys=True)
 
 
 def differing(reports: Sequence[Report]) -> list[tuple[str, list[Setting]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,14 +22,13 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A curve of `x` and `y`. `style` is a word that the page and the terminal know; `dots` marks each point, with
-    `words` to read at it."""
+    """A curve of `x` and `y`. `style` is a word that the page and the terminal know. With `words`, each point is a dot
+    with its words to read there."""
 
     name: str
     style: str
     x: Sequence[float]
     y: Sequence[float]
-    dots: bool = False
     words: Sequence[str] = ()
 
 
@@ -110,7 +109,7 @@ def loss_axis(lines: Sequence[Line], ceiling: float = math.inf) -> Axis:
     """All y of the lines, but for what lies above the ceiling, with some room."""
     values = [value for line in lines for value in line.y if value <= ceiling]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    room = 0.06 * (high - low) or 0.5
+    room = 0.06 * (high - low) if high - low > 1e-6 else 0.5
     return Axis(low - room, high + room, linear_ticks(low - room, high + room), "{:.4g}".format)
 
 
@@ -134,7 +133,7 @@ def log_ticks(low: float, high: float) -> tuple[float, ...]:
     return whole if len(whole) > 2 else tuple(s * p for p in powers for s in (1, 2, 5) if low <= s * p <= high)
 
 
-def ceiling(lines: Sequence[Line]) -> float:
+def ceiling(lines: Iterable[Line]) -> float:
     """The highest y after the first fall: what a chart must show, where all of it would press the rest flat."""
     after = [value for line in lines for x, value in zip(line.x, line.y, strict=True) if x >= STEEP * line.x[-1]]
     return max(after, default=math.inf)
@@ -149,7 +148,7 @@ def chart(name: str, lines: Sequence[Line], x: Axis, y: Axis) -> Chart:
         name,
         tuple((line.style, line.name) for line in drawn if line.name),
         tuple((line.style, path(line, x, y)) for line in drawn),
-        tuple(dot for line in drawn if line.dots for dot in marks(line, x, y)),
+        tuple(dot for line in drawn if line.words for dot in marks(line, x, y)),
         tuple((100 * x.place(tick), x.words(tick)) for tick in x.ticks),
         tuple((100 * (1 - y.place(tick)), y.words(tick)) for tick in y.ticks),
     )

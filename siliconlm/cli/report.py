@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from math import log
 from pathlib import Path
 from typing import Any
@@ -275,11 +276,9 @@ def evaluated(log: Log) -> Iterator[Evaluation]:
 def sessions(events: Sequence[Record], running: bool) -> list[Session]:
     """Cut where training started. `running` says whether a process still writes the run."""
     starts = [index for index, record in enumerate(events) if record["event"] == "started"]
-    pieces = [events[start:end] for start, end in zip(starts, [*starts[1:], len(events)], strict=True)]
-    found = [session(piece) for piece in pieces]
+    found = [session(events[start:end]) for start, end in pairwise([*starts, len(events)])]
     if found and running:
-        last = found[-1]
-        found[-1] = Session(last.began, last.ended, last.first_step, last.last_step, "running")
+        found[-1] = replace(found[-1], ended_by="running")
     return found
 
 

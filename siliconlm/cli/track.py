@@ -90,7 +90,8 @@ def to_tensorboard(run: str, folder: Path, step: int) -> Iterator[Log]:
 
 @contextmanager
 def to_wandb(run: str, folder: Path, step: int) -> Iterator[Log]:
-    """A run of Weights & Biases, offline where WANDB_MODE says so; a resumed one goes on."""
+    """A run of Weights & Biases, offline where WANDB_MODE says so. A resumed one goes on; of steps that it
+    took back the first numbers stay."""
     import wandb
 
     quiet = wandb.Settings(console="off")
@@ -105,7 +106,8 @@ def to_wandb(run: str, folder: Path, step: int) -> Iterator[Log]:
 
 @contextmanager
 def to_trackio(run: str, folder: Path, step: int) -> Iterator[Log]:
-    """A run in trackio's database on this computer (TRACKIO_DIR); a resumed one goes on."""
+    """A run in trackio's database on this computer (TRACKIO_DIR). A resumed one goes on; steps that it took
+    back stand there twice."""
     import trackio
 
     with redirect_stdout(sys.stderr):  # stdout is for results
@@ -114,7 +116,7 @@ def to_trackio(run: str, folder: Path, step: int) -> Iterator[Log]:
         yield lambda numbers, at: there.log(dict(numbers), step=at)
     finally:
         with redirect_stdout(sys.stderr):
-            there.finish()
+            trackio.finish()
 
 
 BACKENDS: dict[str, Callable[[str, Path, int], AbstractContextManager[Log]]] = {

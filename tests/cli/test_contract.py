@@ -38,6 +38,7 @@ COMMANDS = [
     "sample",
     "eval",
     "runs",
+    "report",
     "settings",
 ]
 ESCAPE = "\x1b"
