@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,10 +32,13 @@ from siliconlm.errors import SiliconError
 from siliconlm.events import (
     Chosen,
     Event,
+    Example,
+    Finished,
     Foreseen,
     Notice,
     Prepared,
     Resumed,
+    Sampled,
     Saved,
     Scored,
     Started,
@@ -42,8 +46,16 @@ from siliconlm.events import (
     Working,
 )
 from siliconlm.files import copy_file, sha256, staged_folder
-from siliconlm.hardware.device import Device, is_out_of_memory, lacks_compiler, open_device, plain_words
-from siliconlm.hardware.facts import disk_free, processor_share
+from siliconlm.hardware.device import (
+    Device,
+    is_out_of_memory,
+    lacks_compiler,
+    open_device,
+    plain_words,
+    processor_name,
+    torch_facts,
+)
+from siliconlm.hardware.facts import disk_free, in_words, processor_share
 from siliconlm.hardware.watch import Awake, Watch, read
 from siliconlm.inference.answers import answers
 from siliconlm.inference.conversation import Talk
@@ -79,6 +91,10 @@ DEFAULT_PRESET = "tiny"
 TOO_MUCH = "Train under another --name with a smaller --set machine.micro_batch=... or --preset; checkpoints are whole."
 UNPROFILED_SECONDS = 600.0  # a planned run shorter than this is not worth a minute of profiling
 BUSY = 0.25  # of the processor, taken by other programs: measurements then tell little
+EXAMPLE = SampleConfig(max_tokens=120, seed=1)  # what a model writes at the end of its training
+EXAMPLE_SECONDS = 5.0  # for all of them, at most
+EXAMPLE_SHARE = 0.01  # of a time budget, at most
+PROMPT_LENGTH = 80
 NO_ROOM = "Close what else uses memory, or choose another --device."
 Stop = Callable[[], str | None]
 T = TypeVar("T")
@@ -614,8 +630,46 @@ def _run(
     with Awake() as hold:
         watch.asleep = hold.released
         yield from hold.notices
-        told = (run.name, str(run.path))
-        yield from fit(state, batches, dataset, windows, budget, told, save, stop, watch, begin=base is not None)
+        told, seconds = (run.name, str(run.path)), _example_seconds(budget)
+        work = fit(state, batches, dataset, windows, budget, told, save, stop, watch, seconds, begin=base is not None)
+        for event in work:
+            if isinstance(event, Finished) and event.reason == "done":
+                if budget.deadline:
+                    seconds = min(seconds, (budget.deadline - datetime.now(UTC)).total_seconds())
+                yield from _examples(run, event.step, _prompts(dataset, about), device, seconds, stop)
+            yield event
+
+
+def _example_seconds(budget: Budget) -> float:
+    """The most that examples may take; of a time budget a share, which is kept back for them."""
+    return EXAMPLE_SECONDS if budget.seconds is None else min(EXAMPLE_SECONDS, EXAMPLE_SHARE * budget.span)
+
+
+def _prompts(dataset: Dataset, about: Mapping[str, Any]) -> list[str]:
+    """What examples begin with: nothing and, but for conversations, the first whole line of the validation text."""
+    if about.get("stage") == "chat":
+        return [""]
+    lines = dataset.tokenizer.decode(dataset.val.read(0, min(1000, dataset.val.count)).tolist()).split("\n")
+    whole = (line for line in [*lines[1:-1], *lines] if line.strip())
+    return ["", *(line[:PROMPT_LENGTH] for line in islice(whole, 1))]
+
+
+def _examples(
+    run: RunFolder, step: int, prompts: list[str], device: Device, seconds: float, stop: Stop
+) -> Iterator[Event]:
+    """Short texts by the model as it was saved, cut short where `seconds` are over or a signal comes."""
+    end = time.monotonic() + seconds
+
+    def over() -> bool:
+        return time.monotonic() > end or stop() is not None
+
+    try:
+        for prompt in takewhile(lambda _: not over(), prompts):
+            pieces = takewhile(lambda _: not over(), sample(prompt, str(run.path), EXAMPLE, device.kind))
+            if text := "".join(piece.text for piece in pieces if isinstance(piece, Sampled)):
+                yield Example(step, prompt, text)
+    except SiliconError as error:
+        yield Notice(f"no example was written: {error}", "warning")
 
 
 def _budget(config: RunConfig, about: Mapping[str, Any]) -> Budget:
@@ -695,6 +749,7 @@ def _started(
         context=config.model.context,
         budget=budget.describe(),
         choices=list(choices),
+        machine=in_words(processor_name(device.kind), torch_facts().version or ""),
     )
 
 

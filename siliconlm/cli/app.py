@@ -275,6 +275,7 @@ def train(
     assignments: options.Set = None,
     device: options.Device = None,
     on_battery: options.OnBattery = None,
+    track: options.Track = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all settings, and what it will take.")] = False,
     json_out: options.Json = False,
 ) -> None:
@@ -290,7 +291,8 @@ def train(
         render.dry_run(engine.forecast(request), json_out)
         return
     with Signals() as signals:
-        done = render.training(engine.train(request, name, signals.reason), json_out, signals)
+        events = _tracked(engine.train(request, name, signals.reason), track)
+        done = render.training(events, json_out, signals)
     raise typer.Exit(0 if done else signals.exit_code)
 
 
@@ -304,6 +306,7 @@ def resume(
     on_battery: Annotated[
         str | None, typer.Option(metavar="DO", help="continue or pause. [default: as the run was begun]")
     ] = None,
+    track: options.Track = None,
     json_out: options.Json = False,
 ) -> None:
     """Go on exactly where a stopped run was saved."""
@@ -313,7 +316,8 @@ def resume(
 
     extra = None if extend is None else _seconds("--extend", extend)
     with Signals() as signals:
-        done = render.training(engine.resume(run, signals.reason, device, extra, on_battery), json_out, signals)
+        events = _tracked(engine.resume(run, signals.reason, device, extra, on_battery), track)
+        done = render.training(events, json_out, signals)
     raise typer.Exit(0 if done else signals.exit_code)
 
 
@@ -489,13 +493,44 @@ def run(
     raise typer.Exit(0 if done else signals.exit_code)
 
 
-@app.command(epilog="Example: silicon runs --json")
-def runs(json_out: options.Json = False) -> None:
-    """A table of all runs."""
+@app.command(epilog="Example: silicon runs first --plot")
+def runs(
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="One run by name or folder. [default: all]")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the loss of RUN, or of the latest run.")] = False,
+    json_out: options.Json = False,
+) -> None:
+    """A table of all runs, or one run's figures, checkpoints and stages."""
     from siliconlm import engine
-    from siliconlm.cli import render
+    from siliconlm.cli import charts, render
+    from siliconlm.cli.report import read_report
 
-    render.runs(engine.runs(), json_out)
+    if run is None and not plot:
+        render.runs(engine.runs(), json_out)
+        return
+    found = read_report(run)
+    render.run(found, charts.terminal_plot(found, *render.plot_size()) if plot else [], json_out)
+
+
+@app.command(epilog="Example: silicon report first second --output side-by-side.html")
+def report(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN", help="Runs by name or folder. [default: the latest]")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="A file (.html, .md) or folder. [default: the run's; for several, this one]"),
+    ] = None,
+    json_out: options.Json = False,
+) -> None:
+    """Write a page about a run, in HTML and Markdown; several runs are laid side by side.
+
+    The HTML page needs no other file and no network.
+    """
+    from siliconlm.cli import page, render
+    from siliconlm.cli.report import read_report
+
+    reports = [read_report(name) for name in runs] if runs else [read_report(None)]
+    render.report(reports, page.write_pages(reports, output), json_out)
 
 
 @app.command(epilog="Example: silicon settings train")
@@ -551,6 +586,15 @@ def _request(
     from siliconlm.engine import Request
 
     return Request(data, preset, profile, tuple(assignments or ()), tuple(_layers(flags)))
+
+
+def _tracked(events: Iterator[Event], where: str | None) -> Iterator[Event]:
+    """The events, read by a dashboard's backend too where one is asked for."""
+    if where is None:
+        return events
+    from siliconlm.cli import track
+
+    return track.tracked(events, track.check_backend(where))
 
 
 def _layers(flags: Mapping[str, object]) -> Iterator[Layer]:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +21,12 @@ from rich.text import Text
 from siliconlm import config as configs
 from siliconlm import events as ev
 from siliconlm.cli.signals import Signals
+from siliconlm.cli.words import clock, few, number, size
 from siliconlm.errors import SiliconError, nearest
 from siliconlm.hardware.diagnosis import Diagnosis
 
 if TYPE_CHECKING:
+    from siliconlm.cli.report import Report
     from siliconlm.data.vocabulary import Vocabulary
 
 
@@ -37,41 +39,11 @@ WIDE = 200  # columns of a table that goes into a file or a pipe: a row is then 
 out = Terminal(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDE)
 err = Terminal(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 BACKGROUNDS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
+PLOT = {"train": "blue", "val": "yellow", "axis": "dim"}
 MARKS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
-
-
-def clock(seconds: float | None) -> str:
-    """75 -> 1:15, 4000 -> 1:06:40."""
-    if seconds is None:
-        return "?"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def number(count: float) -> str:
-    """1234567 -> 1.23 M."""
-    for unit, scale in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g}{unit}"
-    return f"{count:.0f}"
-
-
-def few(count: float) -> str:
-    """0.47, 4.6, 35, 1.3 k."""
-    return f"{count:.2g}" if count < 100 else number(count)
 
 
 def printable(text: str) -> str:
@@ -199,8 +171,8 @@ def tokenizer(found: Vocabulary, json_out: bool) -> None:
         out.print(Text("|".join(shown)))
         return
     text = Text()
-    for number, piece in enumerate(shown):
-        text.append(piece, BACKGROUNDS[number % len(BACKGROUNDS)])
+    for place, piece in enumerate(shown):
+        text.append(piece, BACKGROUNDS[place % len(BACKGROUNDS)])
     out.print(text)
 
 
@@ -646,6 +618,39 @@ def runs(rows: list[dict[str, Any]], json_out: bool) -> None:
         cells = (row["run"], row.get("dataset", "-"), row.get("preset", "-"), parameters)
         table.add_row(*cells, f"{row.get('step', 0):,}", row.get("budget", "-"), val, row["state"])
     out.print(table)
+
+
+def run(report: Report, plot: Sequence[Sequence[tuple[str, str]]], json_out: bool) -> None:
+    """One run: its figures, the plot where one was asked for, its checkpoints and the stages that led to it."""
+    if json_out:
+        as_json(report.as_json())
+        return
+    out.print(Text(f"{report.run}: {report.state_words}", style="bold"))
+    out.print(Text(report.sentence))
+    if plot:
+        out.print(Text.assemble(("━", PLOT["train"]), " training loss, smoothed   ", ("●", PLOT["val"]), " validation"))
+    for line in plot:
+        out.print(Text.assemble(*((text, PLOT.get(style, "")) for style, text in line)), soft_wrap=True)
+    for kept in report.checkpoints:
+        loss = "not evaluated" if kept.val_loss is None else f"val_loss {kept.val_loss:.4f}"
+        words = kept.damage or f"{size(kept.bytes)}, {loss}{', the best' if kept.best else ''}"
+        out.print(Text(f"  checkpoint {kept.step:,}: {words}", style="dim"))
+    for stage in report.stages if len(report.stages) > 1 else []:
+        out.print(Text(f"  stage {stage.run}: {stage.words}"))
+
+
+def plot_size() -> tuple[int, int]:
+    """Columns and rows of a plot: the terminal's width, 80 elsewhere."""
+    return (out.width if out.is_terminal else 80), 16
+
+
+def report(reports: Sequence[Report], pages: Sequence[Path], json_out: bool) -> None:
+    """Where the pages of a report are."""
+    if json_out:
+        as_json({"pages": [str(page) for page in pages], "runs": [report.as_json() for report in reports]})
+        return
+    for page in pages:
+        out.print(f"written: {page}")
 
 
 def settings(section: str, json_out: bool) -> None:

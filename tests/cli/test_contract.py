@@ -39,6 +39,7 @@ COMMANDS = [
     "sample",
     "eval",
     "runs",
+    "report",
     "settings",
     "tokenizer",
 ]

@@ -316,6 +316,13 @@ def test_a_token_budget_is_rounded_up_to_whole_steps(config: Config, device: Dev
     assert len(Run(config(train__tokens=129), device, dataset).train().of(Step)) == 2
 
 
+def test_seconds_kept_back_are_not_trained_in(config: Config, device: Device, dataset: Dataset) -> None:
+    run = Run(config(train__time="1000s"), device, dataset)
+    watch, place = Watch("continue", Reading), (run.folder.name, str(run.folder.path))
+    told = list(fit(run.state, run.batches, dataset, run.budget, place, run.save, lambda: None, watch, 999.9))
+    assert isinstance(told[-1], Finished) and told[-1].reason == "done" and told[-1].seconds < 1000
+
+
 @pytest.mark.parametrize("save_every", [0, 1])
 def test_a_time_budget_trains_decays_evaluates_and_ends(
     config: Config, device: Device, dataset: Dataset, save_every: int
