@@ -118,7 +118,7 @@ def prepare(
     was made from the same text in the same way is used again.
     """
     check_arguments(name, val_fraction)
-    given = _given_tokenizer(tokenizer or "byte")
+    given = given_tokenizer(tokenizer or "byte")
     found = _find_tokens(sources)
     target = (folder or data_folder()) / name
     to_make = force or not target.exists()
@@ -180,7 +180,7 @@ def check_arguments(name: str, val_fraction: float) -> None:
         raise SiliconError(f"val_fraction {val_fraction} is not between 0 and 1", where="--val-fraction", fix=fix)
 
 
-def _given_tokenizer(word: str) -> Tokenizer | None:
+def given_tokenizer(word: str) -> Tokenizer | None:
     """The tokenizer that stands before the text is read; none for those that depend on it."""
     if word == "byte":
         return byte_tokenizer()
