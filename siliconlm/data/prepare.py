@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shlex
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -428,14 +430,27 @@ def _encode(
 ) -> Generator[Event, None, dict[str, int]]:
     """Write the tokens of one split, each text after an end-of-text token; returns what was counted."""
     counts = {"documents": 0, "characters": 0, "bytes": 0}
-    for batch in _batches(chunks(parts)):
-        shard.write(made.encode_parts(batch))
+    for batch, ids in _encoded(parts, made):
+        shard.write(ids)
         text = "".join(chunk for _, chunk in batch)
         counts["documents"] += sum(begins for begins, _ in batch)
         counts["characters"] += len(text)
         counts["bytes"] += len(text.encode())
         yield Working("encoding", done + counts["characters"], total, "characters")
     return counts | {"tokens": shard.count}
+
+
+def _encoded(parts: Iterator[Part], made: Tokenizer) -> Iterator[tuple[list[Part], np.ndarray[Any, Any]]]:
+    """Batches with their tokens. While one is encoded the next one is read."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: deque[tuple[list[Part], Future[np.ndarray[Any, Any]]]] = deque()
+        for batch in _batches(chunks(parts)):
+            ahead.append((batch, pool.submit(made.encode_parts, batch)))
+            if len(ahead) > 1:
+                first, ids = ahead.popleft()
+                yield first, ids.result()
+        for last, ids in ahead:
+            yield last, ids.result()
 
 
 # --- token files of other programs -----------------------------------------------------------------------------------
