@@ -704,7 +704,7 @@ def _run(
             if isinstance(event, Finished) and event.reason == "done":
                 if budget.deadline:
                     seconds = min(seconds, (budget.deadline - datetime.now(UTC)).total_seconds())
-                yield from _examples(run, event.step, _prompts(dataset, about), device, seconds, stop)
+                yield from _examples(run, event.step, dataset, device, seconds, stop)
             yield event
 
 
@@ -713,31 +713,39 @@ def _example_seconds(budget: Budget) -> float:
     return EXAMPLE_SECONDS if budget.seconds is None else min(EXAMPLE_SECONDS, EXAMPLE_SHARE * budget.span)
 
 
-def _prompts(dataset: Dataset, about: Mapping[str, Any]) -> list[str]:
-    """What examples begin with: nothing and, but for conversations, the first whole line of the validation text."""
-    if about.get("stage") == "chat":
-        return [""]
-    lines = dataset.tokenizer.decode(dataset.val.read(0, min(1000, dataset.val.count)).tolist()).split("\n")
-    whole = (line for line in [*lines[1:-1], *lines] if line.strip())
-    return ["", *(line[:PROMPT_LENGTH] for line in islice(whole, 1))]
-
-
 def _examples(
-    run: RunFolder, step: int, prompts: list[str], device: Device, seconds: float, stop: Stop
+    run: RunFolder, step: int, dataset: Dataset, device: Device, seconds: float, stop: Stop
 ) -> Iterator[Event]:
     """Short texts by the model as it was saved, cut short where `seconds` are over or a signal comes."""
     end = time.monotonic() + seconds
+    write = _answer if dataset.is_chat else sample
 
     def over() -> bool:
         return time.monotonic() > end or stop() is not None
 
     try:
-        for prompt in takewhile(lambda _: not over(), prompts):
-            pieces = takewhile(lambda _: not over(), sample(prompt, str(run.path), EXAMPLE, device.kind))
+        for prompt in takewhile(lambda _: not over(), _prompts(dataset)):
+            pieces = takewhile(lambda _: not over(), write(prompt, str(run.path), EXAMPLE, device.kind))
             if text := "".join(piece.text for piece in pieces if isinstance(piece, Sampled)):
                 yield Example(step, prompt, text)
     except SiliconError as error:
         yield Notice(f"no example was written: {error}", "warning")
+
+
+def _prompts(dataset: Dataset) -> list[str]:
+    """What examples begin with: held-out questions of two tasks, or nothing and a line of the validation text."""
+    if dataset.is_chat:
+        return [asked[0][-2].content for asked in islice(read_questions(dataset).values(), 2)]
+    lines = dataset.tokenizer.decode(dataset.val.read(0, min(1000, dataset.val.count)).tolist()).split("\n")
+    whole = (line for line in [*lines[1:-1], *lines] if line.strip())
+    return ["", *(line[:PROMPT_LENGTH] for line in islice(whole, 1))]
+
+
+def _answer(question: str, name: str, settings: SampleConfig, device: str) -> Iterator[Event]:
+    """What a model answers to a question, in pieces."""
+    conversation = yield from talk(name, settings, device)
+    with _telling_out_of_memory(NO_ROOM):
+        yield from conversation.ask(question)
 
 
 def _budget(config: RunConfig, about: Mapping[str, Any]) -> Budget:
@@ -1011,7 +1019,8 @@ def validate(
         model = opened.model.to(place.torch_device)
         result = yield from evaluate(model, dataset, windows, place, batch, opened.step)
         for event in itertools.chain([result], _scores(opened, dataset, place)):
-            if opened.run and not isinstance(event, Working):
+            # A loss on other data says nothing of the run that its own records could be held against.
+            if opened.run and (isinstance(event, Scored) or (event is result and data is None)):
                 opened.run.record(event)
             yield event
 

@@ -16,7 +16,7 @@ from siliconlm.cli.words import clock, few, number
 from siliconlm.config import RunConfig, known_settings
 from siliconlm.data.prepare import open_dataset
 from siliconlm.errors import SiliconError
-from siliconlm.training.checkpoint import RunFolder, find_run, read_checkpoint, read_log, runs_folder
+from siliconlm.training.checkpoint import RunFolder, find_run, read_checkpoint, read_evals, read_log, runs_folder
 
 Record = dict[str, Any]
 Log = Mapping[str, Sequence[Record]]  # events by kind
@@ -82,7 +82,7 @@ class Kept:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One run of the chain that led to a model, with its last evaluation, the one `before` it, and its last score on
-    each task. `found` is False where only the name is left."""
+    each task. `found` is False for what is no run here, of which `kind` says what it is."""
 
     run: str
     kind: str
@@ -97,7 +97,7 @@ class Stage:
     def words(self) -> str:
         """What it was and how it ended, in a line."""
         if not self.found:
-            return "no longer there"
+            return self.kind
         words = f"{self.kind} on {self.dataset}, {number(self.tokens)} tokens"
         before = f"{self.before['val_loss']:.4f} -> " if self.before else ""
         words += f", val_loss {before}{self.after['val_loss']:.4f}" if self.after else ", not evaluated"
@@ -120,7 +120,8 @@ class Floor:
 class Report:
     """A run as plain numbers. `tokens` and `seconds` are of training, over all sessions, without what a resume took
     back; memory and sizes in bytes. `data` is the fingerprint of its dataset, `card` that dataset's, where it is still
-    the same; `started` the last record of a start of training. Events are as in the log."""
+    the same; `started` the last record of a start of training. `scores` are on our own tasks, `measured` on those of
+    lm-evaluation-harness. Records are as in the log."""
 
     run: str
     path: str
@@ -143,6 +144,7 @@ class Report:
     evaluations: list[Evaluation]
     stages: list[Stage]
     scores: list[Record]
+    measured: list[Record]
     examples: list[Record]
     floor: Floor | None
     warnings: list[Record]
@@ -172,6 +174,11 @@ class Report:
         return f"stopped by {self.state}" if self.state.isupper() else self.state
 
     @property
+    def is_chat(self) -> bool:
+        """Whether it was taught to talk."""
+        return self.stages[-1].kind == "chat"
+
+    @property
     def last(self) -> Evaluation | None:
         return self.evaluations[-1] if self.evaluations else None
 
@@ -185,7 +192,7 @@ def read_report(name: str | None) -> Report:
     run = find_run(name)
     config, about = run.config()
     events = read_log(run)
-    log = by_kind(events)
+    log = by_kind([*events, *read_evals(run)])
     card = read_card(about)
     sittings = sessions(events, run.in_use())
     progress, steps = log["progress"], log["step"]
@@ -212,7 +219,8 @@ def read_report(name: str | None) -> Report:
         memory=curve(log, progress, "memory"),
         evaluations=evaluations,
         stages=lineage(run),
-        scores=list(log["scored"]),
+        scores=by_step(log["scored"]),
+        measured=by_step(log["measured"]),
         examples=last_examples(log["example"]),
         floor=floor(card, evaluations[-1]) if card and evaluations else None,
         warnings=[record for record in log["notice"] if record["level"] == "warning"],
@@ -265,12 +273,17 @@ def seconds_at(log: Log, tokens: Sequence[int]) -> list[float]:
 
 
 def evaluated(log: Log) -> Iterator[Evaluation]:
+    """In the order of steps: those after training may be of any checkpoint."""
     tokens_at = {record["step"]: record["tokens"] for record in log["step"]}
-    records = log["evaluated"]
+    records = by_step(log["evaluated"])
     tokens = [tokens_at.get(record["step"], 0) for record in records]
     for record, after, seconds in zip(records, tokens, seconds_at(log, tokens), strict=True):
         losses = record["val_loss"], record["val_bpb"]
         yield Evaluation(record["step"], after, seconds, *losses, record["tokens"], record["complete"])
+
+
+def by_step(records: Sequence[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: int(record["step"]))
 
 
 def sessions(events: Sequence[Record], running: bool) -> list[Session]:
@@ -333,7 +346,8 @@ def lineage(run: RunFolder, later: frozenset[Path] = frozenset()) -> list[Stage]
         return [own]
     before, later = parent(about), later | {run.path.resolve()}
     if before is None or before.path.resolve() in later:
-        return [Stage(str(about["from"]), "", found=False), own]
+        kind = "a model folder" if Path(about.get("from_path", "")).is_dir() else "no longer there"
+        return [Stage(str(about["from"]), kind, found=False), own]
     return [*lineage(before, later), own]
 
 
@@ -349,8 +363,8 @@ def parent(about: Record) -> RunFolder | None:
 
 
 def stage(run: RunFolder, config: RunConfig, about: Record) -> Stage:
-    log = by_kind(read_log(run))
-    losses = log["evaluated"]
+    log = by_kind([*read_log(run), *read_evals(run)])
+    losses = by_step(log["evaluated"])
     return Stage(
         run.name,
         str(about.get("stage", "pretraining")),
@@ -358,5 +372,5 @@ def stage(run: RunFolder, config: RunConfig, about: Record) -> Stage:
         max((record["tokens"] for record in log["step"]), default=0),
         next((record for record in losses if record["step"] == 0), None),
         losses[-1] if losses else None,
-        tuple({record["task"]: record for record in log["scored"]}.values()),
+        tuple({record["task"]: record for record in by_step(log["scored"])}.values()),
     )

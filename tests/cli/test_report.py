@@ -321,6 +321,50 @@ def test_a_damaged_checkpoint_is_named(own: Trained) -> None:
     assert "damaged checkpoint" in pages("whole")[0].text
 
 
+def test_what_was_found_out_after_training_counts(write: Write) -> None:
+    run = write("tasks", STARTED, *steps(1, 6), evaluated(3, 2.5), evaluated(6, 2.0), finished(6, "done", 6.0))
+    after = [ev.Scored(6, "sums", 7, 8, 1.0), evaluated(3, 2.4, True), ev.Measured(6, "hellaswag", "acc", 0.25, 100)]
+    for event in after:
+        run.record(event)
+    report = read_report("tasks")
+    assert [(point.step, point.val_loss) for point in report.evaluations] == [(3, 2.5), (3, 2.4), (6, 2.0)]
+    assert report.state == "done" and report.sessions[-1].ended < 1_800_001_000 and report.stages[-1].after is not None
+    assert report.stages[-1].after["val_loss"] == 2.0
+    page, markdown = pages("tasks")
+    assert "7 of 8" in page.text and "hellaswag" in page.text
+    assert "| hellaswag | acc | 0.2500 | 100 | 6 |" in markdown
+
+
+def test_a_loss_on_other_data_is_not_the_runs(silicon: Silicon, own: Trained) -> None:
+    assert silicon("eval", "whole").code == 0 and len(read_report("whole").evaluations) == 3
+    again = ["prepare", own.text, "--name", "other", "--tokenizer", own.home / "data" / "plays" / "tokenizer.json"]
+    assert silicon(*again, "--val-fraction", "0.2").code == 0
+    assert silicon("eval", "whole", "--data", "other").code == 0
+    assert len(read_report("whole").evaluations) == 3
+
+
+def test_a_model_that_was_taught_to_talk_answers_held_out_questions(
+    silicon: Silicon, own: Trained, tmp_path: Path
+) -> None:
+    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}]
+    (tmp_path / "talks.jsonl").write_text((json.dumps(talk) + "\n") * 20)
+    words = ["--steps", "1", "--profile", "none"]
+    assert silicon("prepare", own.text, "--name", "inbytes").code == 0
+    assert silicon("train", "--data", "inbytes", "--preset", own.preset, "--name", "base", *words).code == 0
+    assert silicon("finetune", "base", "--data", "talks.jsonl", "--name", "untold", *words).code == 0
+    data = read_report("untold").started["dataset"]
+    assert read_report("untold").examples == [], "nothing says which questions are held out"
+    held_out = {"greeting": [[["user", "Hi."], ["assistant", "Hello!"]]]}
+    (own.home / "data" / data / "questions.json").write_text(json.dumps(held_out))
+    assert silicon("finetune", "base", "--data", data, "--name", "told", *words).code == 0
+    report = read_report("told")
+    assert [stage.run for stage in report.stages] == ["base", "told"] and report.is_chat
+    assert report.stages[-1].before is not None and report.stages[0].after is not None
+    assert {example["prompt"] for example in report.examples} <= {"Hi."}
+    page, markdown = pages("told")
+    assert ("A held-out question" in page.text) == ("Asked: Hi." in markdown) == bool(report.examples)
+
+
 def test_scores_and_the_last_texts(write: Write) -> None:
     told = [ev.Example(2, "", "old"), ev.Example(3, "", "new"), ev.Example(3, "", "new again"), ev.Example(3, "p", "q")]
     write("tasks", STARTED, *steps(1, 3), ev.Scored(2, "sums", 3, 12, 1.0), ev.Scored(3, "sums", 9, 12, 1.0), *told)
@@ -392,12 +436,15 @@ def test_the_stages_that_led_to_a_run(write: Write) -> None:
     assert "Stages" not in pages("base")[0].text
 
 
-def test_a_stage_that_is_gone_and_one_that_began_with_itself(write: Write) -> None:
+def test_a_stage_that_is_no_run_and_one_that_began_with_itself(write: Write, tmp_path: Path) -> None:
     about = {"dataset": "/nowhere", "data": "2", "from": "gone", "from_path": "/no/such/folder", "stage": "chat"}
     write("orphan", STARTED, *steps(1, 2), about=about)
     assert [(stage.run, stage.found) for stage in read_report("orphan").stages] == [("gone", False), ("orphan", True)]
     assert "no longer there" in pages("orphan")[0].text
-    write("snake", STARTED, *steps(1, 2), about=about | {"from": "snake"})
+    about["from_path"] = str(tmp_path)
+    write("adopted", STARTED, *steps(1, 2), about=about)
+    assert read_report("adopted").stages[0].kind == "a model folder"
+    write("snake", STARTED, *steps(1, 2), about=about | {"from": "snake", "from_path": "/no"})
     assert [stage.found for stage in read_report("snake").stages] == [False, True]
 
 
