@@ -11,7 +11,7 @@ import re
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -1018,11 +1018,7 @@ def validate(
         windows, batch = validation(dataset, context, _data_config(opened)), evaluation_batch(context)
         model = opened.model.to(place.torch_device)
         result = yield from evaluate(model, dataset, windows, place, batch, opened.step)
-        for event in itertools.chain([result], _scores(opened, dataset, place)):
-            # A loss on other data says nothing of the run that its own records could be held against.
-            if opened.run and (isinstance(event, Scored) or (event is result and data is None)):
-                opened.run.record(event)
-            yield event
+        yield from _recorded(opened, itertools.chain([result], _scores(opened, dataset, place)))
 
 
 def measure_tasks(
@@ -1037,10 +1033,20 @@ def measure_tasks(
     place = yield from open_sound(_machine(device), "cached_decoding", *features_of(opened.model.config))
     with _telling_out_of_memory(NO_ROOM):
         model = opened.model.to(place.torch_device)
-        for event in measure(model, opened.tokenizer, place, tasks, opened.step, limit):
-            if opened.run:
+        yield from _recorded(opened, measure(model, opened.tokenizer, place, tasks, opened.step, limit))
+
+
+def _recorded(opened: Opened, events: Iterable[Event]) -> Iterator[Event]:
+    """Pass results on, and note them in the run that the model is of, for its report."""
+    noting = opened.run is not None
+    for event in events:
+        if noting and opened.run and not isinstance(event, Working):
+            try:
                 opened.run.record(event)
-            yield event
+            except OSError as error:
+                noting = False
+                yield Notice(f"not noted in the run: {error.strerror}", "warning")
+        yield event
 
 
 def export_folder(name: str | None, target: Path) -> Iterator[Event]:
