@@ -140,9 +140,23 @@ def test_eval_of_a_tuned_run_is_over_answers_alone(silicon: Silicon) -> None:
     assert record["val_loss"] < 0.3 and record["complete"] and record["tokens"] < 30
 
 
+def test_conversations_are_found_by_what_they_are(silicon: Silicon, tuned: Path) -> None:
+    record = silicon("prepare", tuned / "talks.jsonl", "--name", "found", "--json").json()
+    assert record["card"]["kind"] == "chat" and record["card"]["splits"]["train"]["documents"] == 18
+    shown = silicon("prepare", tuned / "talks.jsonl", "--show-mask")
+    assert "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n[[Hello!<|im_end|>]]" in shown.out
+    assert shown.out.count("[[") == 3 and "talks.jsonl line 3" in shown.out
+    for_base = silicon("prepare", tuned / "talks.jsonl", "--base", "chatty", "--name", "for-it", "--json").json()
+    assert for_base["card"]["tokenizer"] == record["card"]["tokenizer"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["prepare", "plays.txt", "--show-mask"], ["--show-mask is for conversations"]),
+        (["prepare", "talks.jsonl", "--tokenizer", "char"], ["no char is made of them", "--base RUN"]),
+        (["prepare", "talks.jsonl", "--base", "base", "--tokenizer", "byte"], ["--base and --tokenizer"]),
+        (["prepare", "talks.jsonl", "--template", "llama3"], ["llama3 needs"]),
         (["chat", "base"], ["base was not tuned on conversations", "silicon finetune base"]),
         (["chat", "chatty", "--template", "llama3", "--prompt", "x"], ["llama3 needs", "<|eot_id|>"]),
         (["chat", "chatty", "--prompt", "x" * 200], ["the message is too long", "64 tokens"]),
@@ -151,7 +165,10 @@ def test_eval_of_a_tuned_run_is_over_answers_alone(silicon: Silicon) -> None:
         (["finetune", "base", "--data", "plays", "--template", "x.jinja"], ["no such template"]),
     ],
 )
-def test_what_cannot_be_done_is_said(silicon: Silicon, words: list[str], says: list[str]) -> None:
+def test_what_cannot_be_done_is_said(
+    silicon: Silicon, tuned: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: list[str]
+) -> None:
+    monkeypatch.chdir(tuned)
     done = silicon(*words)
     assert done.code == 1 and all(done.mentions(text) for text in says), done.err
 
