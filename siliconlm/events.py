@@ -53,6 +53,14 @@ class Written(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Shown(Event):
+    """A conversation as a model reads it: pieces of text, and whether each is learned."""
+
+    place: str
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True, slots=True)
 class Probed(Event):
     """One setting tried by real training steps in a child process.
 

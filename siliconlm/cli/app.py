@@ -139,6 +139,15 @@ def prepare(
     vocab_size: Annotated[int, typer.Option(metavar="V", help="Size of a bpe vocabulary.")] = 4096,
     val_fraction: Annotated[float, typer.Option(metavar="F", help="Share of the text kept for validation.")] = 0.1,
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset of the same name.")] = False,
+    template: Annotated[
+        str | None, typer.Option(metavar="T", help="Of conversations: chatml, nanochat, llama3, or a Jinja file.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Of conversations: the model that they are for.")
+    ] = None,
+    show_mask: Annotated[
+        bool, typer.Option("--show-mask", help="Only show some conversations, and what is learned of them.")
+    ] = False,
     write: Annotated[
         str | None, typer.Option(metavar="FORMAT", help="Write the dataset SOURCE as files of nanogpt or llmc.")
     ] = None,
@@ -149,7 +158,8 @@ def prepare(
 
     Reads text files, and JSON Lines, JSON and Parquet files, in which each record is a text. SOURCE can also be
     hf://datasets/OWNER/NAME[/SPLIT], from the Hugging Face hub, or a folder of token files of nanoGPT, llm.c,
-    modded-nanogpt or TinyRecursiveModels, which are taken as they are.
+    modded-nanogpt or TinyRecursiveModels, which are taken as they are. Files of conversations, and chat (built in),
+    become a dataset for silicon finetune.
     """
     from siliconlm import engine
     from siliconlm.cli import render
@@ -157,10 +167,10 @@ def prepare(
     if write or output:
         render.written(_write(source or [], write, output), json_out)
         return
-    sources = source or [engine.BUILTIN]
-    dataset = name or engine.dataset_name(sources)
-    steps = engine.prepare(sources, dataset, tokenizer, vocab_size, val_fraction, force, field=field)
-    render.prepare(steps, json_out)
+    asked = engine.Preparation(
+        tuple(source or [engine.BUILTIN]), name, tokenizer, vocab_size, val_fraction, force, field, template, base
+    )
+    render.prepare(engine.prepare_sources(asked, show_mask), json_out)
 
 
 @app.command(epilog="Example: silicon tokenizer shakespeare 'To be, or not to be'")

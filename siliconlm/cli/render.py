@@ -145,7 +145,28 @@ def prepare(events: Iterable[ev.Event], json_out: bool) -> None:
                 f"  {splits['train']['tokens']:,} training and {splits['val']['tokens']:,} validation tokens, "
                 f"{tokenizer['kind']} tokenizer with {tokenizer['size']:,} entries"
             )
-            out.print(f"  next: silicon train --data {event.name}")
+            chat = event.card.get("kind") == "chat"
+            if chat:
+                learned = splits["train"]["learned"]
+                out.print(
+                    f"  {splits['train']['documents']:,} conversations; {learned:,} tokens of answers are learned"
+                )
+            out.print(f"  next: silicon {'finetune' if chat else 'train'} --data {event.name}")
+        elif isinstance(event, ev.Shown):
+            shown(event, json_out)
+
+
+def shown(event: ev.Shown, json_out: bool) -> None:
+    """A conversation with what is learned in green, or in [[brackets]] where there are no colours."""
+    if json_out:
+        as_json(event.as_json())
+        return
+    text = Text()
+    for piece, learned in event.pieces:
+        words = printable(piece)
+        text.append(words if out.is_terminal or not learned else f"[[{words}]]", "black on green" if learned else "dim")
+    out.print(Text(event.place, style="bold"))
+    out.print(text)
 
 
 def written(events: Iterable[ev.Event], json_out: bool) -> None:

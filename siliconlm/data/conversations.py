@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from siliconlm import __version__
 from siliconlm.data import tasks
 from siliconlm.data.chat import Conversation, Message, Template, conversation
 from siliconlm.data.prepare import FORMAT, Dataset, alone, check_arguments, data_folder, reused
-from siliconlm.data.records import RECORD_SUFFIXES, read_records
+from siliconlm.data.records import RECORD_SUFFIXES, looks_like_chat, read_records
 from siliconlm.data.shards import ShardWriter, dtype_for
 from siliconlm.errors import SiliconError
-from siliconlm.events import Event, Notice, Prepared, Working
+from siliconlm.events import Event, Notice, Prepared, Shown, Working
 from siliconlm.files import staged_folder, sweep, write_file
 
 BUILTIN_CHAT = "chat"
@@ -99,13 +100,31 @@ def _conversations(sources: list[str]) -> Iterator[tuple[str, str, Conversation]
                 yield place, "", conversation(record, place)
 
 
+def hold_conversations(sources: list[str]) -> bool:
+    """Whether these are conversations, by the first record of the first file that has records."""
+    if BUILTIN_CHAT in sources and not Path(BUILTIN_CHAT).exists():
+        return True
+    paths = [Path(word).expanduser() for word in sources]
+    files = [file for path in paths if path.exists() for file in _files(path)]
+    return any(looks_like_chat(record) for file in files[:1] for _, record in islice(read_records(file), 1))
+
+
+def show(sources: list[str], template: Template, count: int = 3) -> Iterator[Event]:
+    """The first conversations as a model reads them, with what is learned of them."""
+    for place, _, messages in islice(_conversations(sources), count):
+        yield Shown(place, template.shown(messages))
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of records at a path, sorted."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file for file in found if file.suffix.lower() in RECORD_SUFFIXES and file.is_file()]
+
+
 def record_files(path: Path) -> list[Path]:
     """A file of records, or those of a folder, sorted."""
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in RECORD_SUFFIXES and file.is_file())
-    else:
-        found = [path] if path.is_file() else []
-    if not found or (path.suffix.lower() not in RECORD_SUFFIXES and path.is_file()):
+    found = _files(path)
+    if not found:
         kinds = ", ".join(f"*{suffix}" for suffix in RECORD_SUFFIXES)
         fix = f"Give {kinds}, a folder of them, or {BUILTIN_CHAT} for the built-in set."
         raise SiliconError("no conversations there", where=str(path), fix=fix, kind="missing_input")

@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shlex
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -118,7 +120,7 @@ def prepare(
     was made from the same text in the same way is used again.
     """
     check_arguments(name, val_fraction)
-    given = _given_tokenizer(tokenizer or "byte")
+    given = given_tokenizer(tokenizer or "byte")
     found = _find_tokens(sources)
     target = (folder or data_folder()) / name
     to_make = force or not target.exists()
@@ -180,7 +182,7 @@ def check_arguments(name: str, val_fraction: float) -> None:
         raise SiliconError(f"val_fraction {val_fraction} is not between 0 and 1", where="--val-fraction", fix=fix)
 
 
-def _given_tokenizer(word: str) -> Tokenizer | None:
+def given_tokenizer(word: str) -> Tokenizer | None:
     """The tokenizer that stands before the text is read; none for those that depend on it."""
     if word == "byte":
         return byte_tokenizer()
@@ -428,14 +430,27 @@ def _encode(
 ) -> Generator[Event, None, dict[str, int]]:
     """Write the tokens of one split, each text after an end-of-text token; returns what was counted."""
     counts = {"documents": 0, "characters": 0, "bytes": 0}
-    for batch in _batches(chunks(parts)):
-        shard.write(made.encode_parts(batch))
+    for batch, ids in _encoded(parts, made):
+        shard.write(ids)
         text = "".join(chunk for _, chunk in batch)
         counts["documents"] += sum(begins for begins, _ in batch)
         counts["characters"] += len(text)
         counts["bytes"] += len(text.encode())
         yield Working("encoding", done + counts["characters"], total, "characters")
     return counts | {"tokens": shard.count}
+
+
+def _encoded(parts: Iterator[Part], made: Tokenizer) -> Iterator[tuple[list[Part], np.ndarray[Any, Any]]]:
+    """Batches with their tokens. While one is encoded the next one is read."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: deque[tuple[list[Part], Future[np.ndarray[Any, Any]]]] = deque()
+        for batch in _batches(chunks(parts)):
+            ahead.append((batch, pool.submit(made.encode_parts, batch)))
+            if len(ahead) > 1:
+                first, ids = ahead.popleft()
+                yield first, ids.result()
+        for last, ids in ahead:
+            yield last, ids.result()
 
 
 # --- token files of other programs -----------------------------------------------------------------------------------

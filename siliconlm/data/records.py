@@ -19,7 +19,8 @@ PARQUET = ".parquet"
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", PARQUET)
 LONGEST = 64 << 20  # of a record, in bytes or characters: a text this long belongs in a file of its own
 ROWS = 128  # of a Parquet file read at once
-SPACE = re.compile(r"[ \t\n\r]*")
+WHITE = " \t\n\r"  # between values in JSON
+SPACE = re.compile(f"[{WHITE}]*")
 LOOKAHEAD = len("1e+")  # what ends in these may yet go on to be another number
 DECODER = json.JSONDecoder()
 TEXT = "text"  # the field that holds a record's text where none is named
@@ -57,9 +58,10 @@ def _bytes(path: Path, watch: Watch | None) -> Iterator[bytes]:
 
 def _lines(path: Path, watch: Watch | None) -> Iterator[tuple[str, Any]]:
     """Lines of white space hold no record, but count as lines."""
+    name = str(path)  # writing a path out takes longer than parsing a short record
     for number, line in enumerate(_split(path, watch), start=1):
         if line and not line.isspace():
-            place = f"{path} line {number}"
+            place = f"{name} line {number}"
             yield place, _parsed(line, place)
 
 
@@ -80,7 +82,11 @@ def _split(path: Path, watch: Watch | None) -> Iterator[bytes]:
 
 def _parsed(line: bytes, place: str) -> Any:
     try:
-        return DECODER.decode(line.decode())
+        text = line.decode().strip(WHITE)
+        value, end = DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        return value
     except UnicodeDecodeError as error:
         what = f"not valid UTF-8: byte 0x{line[error.start]:02x} at offset {error.start:,} of the line"
         raise SiliconError(what, where=place, fix="Write the file in UTF-8.", kind="bad_data") from error

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from .conftest import Silicon, Trained
 
 COMMANDS = [
+    "chat",
     "doctor",
+    "finetune",
+    "run",
     "prepare",
     "probe-batch",
     "profile",

@@ -273,13 +273,13 @@ def test_a_vocabulary_that_stays_small_is_told(verse: str) -> None:
 
 
 def test_a_vocabulary_is_a_multiple_of_64() -> None:
-    Path("a.jsonl").write_text("\n".join(json.dumps(f"{number * 7919} {number**3}") for number in range(2000)))
-    events = list(prepare(["a.jsonl"], "mine", "bpe", 290))
+    Path("a.txt").write_text("".join(piece.text for piece in builtin_pieces()[:2000]))
+    events = list(prepare(["a.txt"], "mine", "bpe", 290))
     [notice] = [event.message for event in events if isinstance(event, Notice)]
     assert notice == "--vocab-size 290 was rounded up to 320, a multiple of 64"
     with open_dataset("mine") as dataset:
         assert dataset.tokenizer.size == 320 and dataset.card["recipe"]["vocab_size"] == 320
-    assert made(["a.jsonl"], "mine", "bpe", 320).reused
+    assert made(["a.txt"], "mine", "bpe", 320).reused
 
 
 def test_a_long_text_is_learned_from_in_part(verse: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,3 +536,58 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, kind: str) -> None:
     assert large.stat().st_size > 25 * small.stat().st_size
     grown = peak_memory(large, kind, tmp_path / "l") - peak_memory(small, kind, tmp_path / "s")
     assert grown < 150 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["large.jsonl", "large.json", "large.parquet"])
+def test_a_gigabyte_of_records_takes_less_memory_than_that(tmp_path: Path, name: str) -> None:
+    texts = [VERSE * (number % 30) + str(number) for number in range(5000)]
+    path, records = tmp_path / name, [json.dumps({"text": text}).encode() for text in texts]
+    if name.endswith(".parquet"):
+        table = pyarrow.table({"text": texts})
+        with parquet.ParquetWriter(path, table.schema, compression="none", use_dictionary=False) as writer:
+            while path.stat().st_size < 1 << 30:
+                writer.write_table(table)
+    else:
+        separator, ends = (b"\n", (b"", b"")) if name.endswith("l") else (b",", (b"[", b"]"))
+        block = separator.join(records)
+        with path.open("wb") as file:
+            file.write(ends[0] + block)
+            while file.tell() < 1 << 30:
+                file.write(separator + block)
+            file.write(ends[1])
+    assert peak_memory(path, "byte", tmp_path / "home") < 1 << 30
+    path.unlink()
+
+
+KILLED = """
+import sys
+from siliconlm.data.prepare import prepare
+for event in prepare(sys.argv[2:], "mine"):
+    if getattr(event, "what", "").startswith(sys.argv[1]):
+        print("there", flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", [*KINDS_OF_FILE, "tokens"])
+def test_a_killed_prepare_can_be_run_again(home: Path, name: str) -> None:
+    texts = [VERSE[number % 9 :] for number in range(200)]
+    if name == "tokens":
+        Path(name).mkdir()
+        for split in ("train", "val"):
+            np.arange(90, dtype="<u2").tofile(f"tokens/{split}.bin")
+        Path("tokens/tokenizer.json").write_text(byte_tokenizer().json())
+    else:
+        write_texts(name, texts)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED, "copying" if name == "tokens" else "encoding", name]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdout.readline() == b"there\n"
+        child.kill()
+    assert datasets() == [] and len(os.listdir(home / "data")) == 2, "the stage and the lock"
+    made([name], "mine")
+    assert os.listdir(home / "data") == ["mine"]
+    with open_dataset("mine") as dataset:
+        dataset.verify()

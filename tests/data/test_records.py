@@ -113,7 +113,7 @@ def test_a_text_is_a_string_or_stands_in_a_field(folder: Path) -> None:
 GOOD = '{"text": "one"}\n'
 BAD_LINES = {
     "not JSON": ('{"text": "tw', "unterminated string starting at, character 10"),
-    "nothing after it": ('{"text": "two"} x', "extra data, character 17"),
+    "nothing after it": ('{"text": "two"} x', "extra data, character 16"),
     "NUL bytes": ('{"text": "t\0"}', "invalid control character at, character 12"),
     "huge integer": (f'{{"text": {"1" * 5000}}}', "an integer of more than 4,300 digits"),
     "deep": ("[" * 200_000, "nested too deeply"),
