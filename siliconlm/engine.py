@@ -704,7 +704,7 @@ def _run(
             if isinstance(event, Finished) and event.reason == "done":
                 if budget.deadline:
                     seconds = min(seconds, (budget.deadline - datetime.now(UTC)).total_seconds())
-                yield from _examples(run, event.step, dataset, device, seconds, stop)
+                yield from _examples(run, event.step, dataset, device, seconds)
             yield event
 
 
@@ -713,19 +713,17 @@ def _example_seconds(budget: Budget) -> float:
     return EXAMPLE_SECONDS if budget.seconds is None else min(EXAMPLE_SECONDS, EXAMPLE_SHARE * budget.span)
 
 
-def _examples(
-    run: RunFolder, step: int, dataset: Dataset, device: Device, seconds: float, stop: Stop
-) -> Iterator[Event]:
-    """Short texts by the model as it was saved, cut short where `seconds` are over or a signal comes."""
+def _examples(run: RunFolder, step: int, dataset: Dataset, device: Device, seconds: float) -> Iterator[Event]:
+    """Short texts by the model as it was saved, cut short where `seconds` are over."""
     end = time.monotonic() + seconds
     write = _answer if dataset.is_chat else sample
 
-    def over() -> bool:
-        return time.monotonic() > end or stop() is not None
+    def in_time(_: object) -> bool:
+        return time.monotonic() < end
 
     try:
-        for prompt in takewhile(lambda _: not over(), _prompts(dataset)):
-            pieces = takewhile(lambda _: not over(), write(prompt, str(run.path), EXAMPLE, device.kind))
+        for prompt in takewhile(in_time, _prompts(dataset)):
+            pieces = takewhile(in_time, write(prompt, str(run.path), EXAMPLE, device.kind))
             if text := "".join(piece.text for piece in pieces if isinstance(piece, Sampled)):
                 yield Example(step, prompt, text)
     except SiliconError as error:

@@ -51,7 +51,7 @@ def write_pages(reports: Sequence[Report], output: str | None) -> list[Path]:
 
 
 def target(output: str | None, default: Path, name: str) -> Path:
-    """Where the pages go, without a suffix that says which."""
+    """The file of one of the two pages; the other has its name, with the other suffix."""
     path = Path(output).expanduser() if output else default
     if path.suffix in (".html", ".md") and not path.is_dir():
         return path
@@ -196,7 +196,7 @@ def rows(reports: Sequence[Report]) -> list[Row]:
         loss_row("validation loss (nats per token)", reports, "val_loss", same_data(reports)),
         loss_row("bits per byte", reports, "val_bpb", same_text(reports)),
         *score_rows(reports),
-        row("state", lambda report: report.state),
+        row("state", lambda report: report.state_words),
         row("dataset", lambda report: str(report.started.get("dataset", ""))),
         row("parameters", lambda report: number(report.parameters)),
         row("shape", lambda report: report.shape),

@@ -62,7 +62,7 @@ class Run:
     def save(self) -> Saved:
         return self.state.save(self.folder, self.dataset.tokenizer, self.dataset.fingerprint)
 
-    def train(self, stop: Stop = go_on, watch: Watch | None = None) -> Run:
+    def train(self, stop: Stop = go_on, watch: Watch | None = None, kept_back: float = 0.0) -> Run:
         place = self.folder.name, str(self.folder.path)
         watch = watch or Watch("continue", Reading)
 
@@ -70,7 +70,7 @@ class Run:
             return stop(self.state)
 
         data = (self.batches, self.dataset, windows(self.dataset))
-        for event in fit(self.state, *data, self.budget, place, self.save, asked, watch):
+        for event in fit(self.state, *data, self.budget, place, self.save, asked, watch, kept_back):
             self.events.append(event)
         return self
 
@@ -317,10 +317,9 @@ def test_a_token_budget_is_rounded_up_to_whole_steps(config: Config, device: Dev
 
 
 def test_seconds_kept_back_are_not_trained_in(config: Config, device: Device, dataset: Dataset) -> None:
-    run = Run(config(train__time="1000s"), device, dataset)
-    watch, place = Watch("continue", Reading), (run.folder.name, str(run.folder.path))
-    told = list(fit(run.state, run.batches, dataset, run.budget, place, run.save, lambda: None, watch, 999.9))
-    assert isinstance(told[-1], Finished) and told[-1].reason == "done" and told[-1].seconds < 1000
+    run = Run(config(train__time="1000s"), device, dataset).train(kept_back=999.9)
+    [end] = run.of(Finished)
+    assert end.reason == "done" and end.seconds < 1000
 
 
 @pytest.mark.parametrize("save_every", [0, 1])
