@@ -5,7 +5,6 @@ lm_eval is an extra, and slow to import: nothing here is imported before it is a
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,13 +30,13 @@ def measure(
 ) -> Iterator[Measured]:
     """Every metric of the named tasks (or of YAML files that define one), on at most `limit` questions each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns of forks otherwise
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError:
         fix = "Type pip install 'siliconlm[eval]'."
         raise SiliconError("--tasks needs lm-evaluation-harness", fix=fix, kind="bad_environment") from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = [Path(word).expanduser() for word in tasks if word.endswith((".yaml", ".yml"))]
     if missing := [path for path in files if not path.is_file()]:
         raise SiliconError("no such file", where=str(missing[0]), fix="Check the path.", kind="missing_input")
@@ -48,7 +47,12 @@ def measure(
             fix = nearest(name, manager.all_tasks) or "See lm-evaluation-harness for the names of tasks."
             raise SiliconError(f"no task named {name}", fix=fix, kind="missing_input")
     found = lm_eval.simple_evaluate(
-        model=_harness(model, tokenizer, device), tasks=names, limit=limit, task_manager=manager, bootstrap_iters=0
+        model=_harness(model, tokenizer, device),
+        tasks=names,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        verbosity="ERROR",
     )
     for name, metrics in found["results"].items():
         count = found["n-samples"].get(name, {}).get("effective", 0)
