@@ -224,7 +224,7 @@ def _text_plan(
     text.n_train = int(text.characters * (1 - Fraction(str(val_fraction))))
     _check_length(text)
     recipe = {
-        "files": [item.sha256 for item in text.documents],
+        "files": [item.sha256 + " of records" * item.document.records for item in text.documents],
         "field": field,
         "tokenizer": given.sha256 if given else tokenizer,
         "vocab_size": vocab_size,

@@ -117,10 +117,10 @@ def _items(path: Path, watch: Watch | None) -> Iterator[tuple[str, Any]]:
     """The elements of an array; without one the values one after the other, which may be a single one."""
     values = _Values(decoded(_bytes(path, watch), str(path)))
     in_array = values.skip("[")
-    number = 0
+    name, number = str(path), 0
     while not (_array_ends(values, number, path) if in_array else values.peek() == ""):
         number += 1
-        place = f"{path} item {number}"
+        place = f"{name} item {number}"
         yield place, values.take(place)
 
 
@@ -200,11 +200,11 @@ def _rows(path: Path, watch: Watch | None, columns: list[str] | None = None) -> 
         for _ in _bytes(path, watch):
             pass
     with _parquet(path) as file, _arrow_errors(path):
-        number = 0
+        name, number = str(path), 0
         for batch in file.iter_batches(batch_size=ROWS, columns=columns):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
+                yield f"{name} row {number}", row
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         what = "Parquet files need pyarrow, which is not installed"
         raise SiliconError(what, where=str(path), fix=fix, kind="bad_environment") from error
     with _arrow_errors(path):
-        file = ParquetFile(path, buffer_size=PIECE)  # a column is read piece by piece, not a row group at once
+        file = ParquetFile(path, buffer_size=PIECE, pre_buffer=False)  # else it reads the whole file into memory
     with file:
         yield file
 

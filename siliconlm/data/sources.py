@@ -53,12 +53,13 @@ FOREIGN_MARKS = (
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A file, which holds one text or many, or the built-in corpus. `read` begins anew each time; `size` in bytes."""
+    """A file, which holds one text or `records`, or the built-in corpus. `read` begins anew each time."""
 
     name: str
     size: int
     read: Callable[[int, Watch | None], Iterator[Part]]
     path: Path | None = None
+    records: bool = False
 
     def parts(self, size: int = PIECE, watch: Watch | None = None) -> Iterator[Part]:
         """The texts in pieces, without a byte order mark, each with whether a text begins with it.
@@ -181,14 +182,14 @@ def _documents(paths: list[Path], tally: _Tally) -> Iterator[Document]:
 
 def _document(path: Path, tally: _Tally) -> Document:
     head = _head(path)
-    read = partial(_one_text, partial(_file_bytes, path), str(path))
-    if path.suffix.lower() in RECORD_SUFFIXES:
-        tally.records += 1
-        read = partial(_many_texts, path, tally.text_field)
     if path.suffix.lower() != PARQUET:
         _check_head(head, path)
         tally.marked += head.startswith(codecs.BOM_UTF8)
-    return Document(str(path), path.stat().st_size, read, path)
+    records = path.suffix.lower() in RECORD_SUFFIXES
+    tally.records += records
+    one = partial(_one_text, partial(_file_bytes, path), str(path))
+    many = partial(_many_texts, path, tally.text_field)
+    return Document(str(path), path.stat().st_size, many if records else one, path, records)
 
 
 def _one_text(raw: Callable[[int], Iterator[bytes]], name: str, size: int, watch: Watch | None) -> Iterator[Part]:

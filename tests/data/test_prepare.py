@@ -179,6 +179,15 @@ def test_another_field_makes_another_dataset() -> None:
         assert split_text(dataset, "train").startswith(VERSE[::-1])
 
 
+def test_the_same_bytes_as_text_and_as_records_are_two_datasets() -> None:
+    Path("a.jsonl").write_text((json.dumps({"text": VERSE}) + "\n") * 9)
+    Path("a.txt").write_bytes(Path("a.jsonl").read_bytes())
+    made(["a.jsonl"], "mine")
+    with pytest.raises(SiliconError, match="made from other text"):
+        made(["a.txt"], "mine")
+    assert made(["a.jsonl"], "mine").reused
+
+
 def test_a_bad_record_leaves_nothing(home: Path) -> None:
     Path("a.jsonl").write_text(json.dumps({"text": VERSE * 9}) + "\n{")
     with pytest.raises(SiliconError, match="not JSON") as caught:
