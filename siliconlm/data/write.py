@@ -37,6 +37,8 @@ def write_tokens(name_or_path: str, format: str, output: Path) -> Iterator[Event
     if output.exists():
         raise SiliconError("the folder exists", where=str(output), fix="Type another --output.", kind="cannot_create")
     with open_dataset(name_or_path) as dataset, staged_folder(output) as stage:
+        if dataset.is_chat:
+            yield Notice("the files cannot say which tokens are learned: other programs learn all", level="warning")
         if dataset.card.get("foreign", {}).get("format") == format:
             yield from _as_they_were(dataset, stage)
         else:
@@ -64,7 +66,7 @@ def _as_they_were(dataset: Dataset, stage: Path) -> Iterator[Event]:
 
 
 def _nanogpt(dataset: Dataset, stage: Path) -> Iterator[Event]:
-    if dataset.tokenizer.kind == "char":
+    if dataset.tokenizer.kind == "char" and not dataset.is_chat:
         yield from _characters(dataset, stage)
         return
     eos = dataset.tokenizer.eos

@@ -19,10 +19,12 @@ from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models, pre_tokenizers
 
 from siliconlm.data import foreign, write
+from siliconlm.data.chat import open_template
+from siliconlm.data.conversations import prepare_chat
 from siliconlm.data.foreign import find_token_files, read_meta
 from siliconlm.data.prepare import Dataset, open_dataset, prepare
 from siliconlm.data.remake import remake_command
-from siliconlm.data.tokenizer import Tokenizer, bpe_tokenizer, open_tokenizer
+from siliconlm.data.tokenizer import Tokenizer, bpe_tokenizer, char_tokenizer, open_tokenizer
 from siliconlm.data.write import write_tokens
 from siliconlm.errors import SiliconError
 from siliconlm.events import Event, Notice, Prepared, Working, Written
@@ -294,6 +296,19 @@ def test_borders_between_characters_are_told() -> None:
     with made(["out"], "again") as again, open_dataset("mine") as first:
         for split in ("train", "val"):
             assert again.tokenizer.decode(tokens(again, split)) == first.tokenizer.decode(tokens(first, split))
+
+
+@pytest.mark.parametrize("format", ["nanogpt", "llmc"])
+def test_conversations_lose_their_marks_and_that_is_told(format: str) -> None:
+    turns = [{"role": "user", "content": "Speak"}, {"role": "assistant", "content": "hear me"}]
+    Path("chat.jsonl").write_text("\n".join([json.dumps(turns)] * 20))
+    template = open_template(char_tokenizer("Speak hear me userassistant\n"), "chatml")
+    list(prepare_chat(["chat.jsonl"], "mine", template))
+    events = written("mine", format, "out")
+    assert isinstance(events[0], Notice) and "which tokens are learned" in events[0].message
+    with made(["out"], "again") as again, open_dataset("mine") as first:
+        for split in ("train", "val"):
+            assert sorted(tokens(again, split)) == sorted(tokens(first, split))
 
 
 def test_large_ids_go_to_llmc_alone() -> None:
