@@ -104,7 +104,8 @@ def _not_json(error: ValueError | RecursionError, place: str, before: int = 0) -
     if isinstance(error, RecursionError):
         why = "nested too deeply"
     elif isinstance(error, json.JSONDecodeError):
-        why = f"{error.msg[:1].lower()}{error.msg[1:]}, character {before + error.pos + 1:,}"
+        what = error.msg[:1].lower() + error.msg[1:].removesuffix(" at")
+        why = f"{what} at character {before + error.pos + 1:,}"
     else:
         why = f"an integer of more than {sys.get_int_max_str_digits():,} digits"
     return SiliconError(f"not JSON: {why}", where=place, fix="Mend it or take it out.", kind="bad_data")

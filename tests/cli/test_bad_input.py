@@ -108,8 +108,8 @@ RECORDS = {
     "empty.jsonl": (b"", "empty.jsonl", "the file is empty"),
     "deep.json": (b"[" * 100_000, "deep.json item 1", "nested too deeply"),
     "bytes.jsonl": (b'{"text": "caf\xe9"}', "bytes.jsonl line 1", "byte 0xe9 at offset 13"),
-    "nul.jsonl": (b'{"text": "\0"}', "nul.jsonl", "a NUL byte at offset 10"),
-    "chat.jsonl": (b'{"messages": []}', "chat.jsonl line 1", "silicon finetune --data chat.jsonl"),
+    "nul.jsonl": (b'{"text": "\0"}', "nul.jsonl line 1", "invalid control character at character 11"),
+    "chat.jsonl": (b'{"messages": []}', "chat.jsonl line 1", "the conversation is empty"),
     "rows.parquet": (b"PAR1", "rows.parquet", "not a readable Parquet file"),
 }
 
