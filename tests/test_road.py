@@ -15,10 +15,11 @@ from random import Random
 
 import pytest
 
-from siliconlm import engine, road
+from siliconlm import road
 from siliconlm.data import builtin, tasks
 from siliconlm.errors import SiliconError
 from siliconlm.events import Event, Finished, Notice, Scored, Staged
+from siliconlm.model.weights import read_model
 from siliconlm.training.checkpoint import find_run
 
 RECIPE = """
@@ -81,7 +82,7 @@ def test_every_stage_in_turn(recipe: Path, home: Path) -> None:
     assert sum(score.total for score in scores) == 6
     recorded = [json.loads(line) for line in (home / "runs" / "mini-chat" / "evals.jsonl").read_text().splitlines()]
     assert [line["event"] for line in recorded] == ["evaluated", *["scored"] * len(scores)]
-    model, tokenizer = engine.read_model(home / "models" / "mini")
+    model, tokenizer = read_model(home / "models" / "mini")
     assert tokenizer.kind == "byte" and model.config.n_embd == 32
     assert "<|im_start|>" in (home / "models" / "mini" / "chat_template.jinja").read_text()
 

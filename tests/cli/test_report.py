@@ -162,7 +162,7 @@ def test_a_stopped_run_has_written_none(trained: Trained) -> None:
 
 def test_no_text_is_written_past_a_deadline(silicon: Silicon, own: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept back here, so that the deadline has come when training ends."""
-    monkeypatch.setattr("siliconlm.engine.EXAMPLE_SHARE", 0.0)
+    monkeypatch.setattr("siliconlm.engine.training.EXAMPLE_SHARE", 0.0)
     words = ["--preset", own.preset, "--data", "plays", "--name", "late", "--profile", "none"]
     assert silicon("train", *words, "--time", "0.2s").code == 0
     report = read_report("late")
