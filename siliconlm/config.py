@@ -309,16 +309,21 @@ def resolve(*layers: Layer) -> RunConfig:
     """Later layers win. A budget (steps, tokens, time or until) replaces any other budget of the layers below it."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    known = known_settings()
     for layer in layers:
         given = {name: value for name, value in layer.values.items() if value is not None}
-        for name in given:
-            if name not in known:
-                raise SiliconError(f"unknown setting {name}", where=layer.source, fix=_meant(name, known))
+        check_names(given, layer.source)
         _one_budget(layer.source, given, values, sources)
         values |= given
         sources |= dict.fromkeys(given, layer.source)
     return _validate(values, sources)
+
+
+def check_names(names: Iterable[str], source: str) -> None:
+    """SiliconError for the first name that is no setting, with the nearest that is."""
+    known = known_settings()
+    for name in names:
+        if name not in known:
+            raise SiliconError(f"unknown setting {name}", where=source, fix=_meant(name, known))
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

@@ -43,6 +43,24 @@ class Prepared(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Written(Event):
+    """A dataset stands in the folder `path` as `files` of another program."""
+
+    name: str
+    format: str
+    path: str
+    files: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown(Event):
+    """A conversation as a model reads it: pieces of text, and whether each is learned."""
+
+    place: str
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True, slots=True)
 class Probed(Event):
     """One setting tried by real training steps in a child process.
 
@@ -200,6 +218,17 @@ class Scored(Event):
     correct: int
     total: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured(Event):
+    """A metric of a task of lm-evaluation-harness, over `total` questions."""
+
+    step: int
+    task: str
+    metric: str
+    value: float
+    total: int
 
 
 @dataclass(frozen=True, slots=True)

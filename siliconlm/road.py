@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from siliconlm import engine
-from siliconlm.config import Duration, Layer, Section, flatten, moment, profile_folders, read_toml
+from siliconlm.config import Duration, Layer, Section, check_names, moment, profile_folders, read_toml
 from siliconlm.data.conversations import BUILTIN_CHAT
 from siliconlm.data.prepare import NAME, datasets, open_dataset
 from siliconlm.data.sources import BUILTIN
@@ -47,6 +47,15 @@ class Budgeted(Section):
     steps: int | None = Field(None, ge=1)
     share: float | None = Field(None, gt=0, le=1)
     set: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Dotted names, also where TOML has made tables of them."""
+        return {
+            f"{name}.{key}" if key else name: inner
+            for name, value in self.set.items()
+            for key, inner in (value.items() if isinstance(value, dict) else [("", value)])
+        }
 
 
 class TrainStage(Budgeted):
@@ -101,6 +110,8 @@ def read_recipe(word: str) -> Recipe:
         stage = getattr(recipe, name)
         if stage and (stage.steps is None) == (stage.share is None):
             raise SiliconError(f"[{name}] needs steps or a share of the time, one of them", where=str(path))
+        if stage:
+            check_names(stage.settings, f"{path} [{name}.set]")
     return recipe
 
 
@@ -137,7 +148,7 @@ class Road:
     def flags(self, stage: str) -> Layer:
         """The budget of a stage that trains, and its settings."""
         settings: Budgeted = getattr(self.recipe, stage)
-        values = flatten(settings.set, f"[{stage}.set]") if _nested(settings.set) else dict(settings.set)
+        values = settings.settings
         if settings.steps is not None:
             return Layer(f"recipe [{stage}]", {**values, "train.steps": max(1, round(settings.steps * self.scale))})
         assert settings.share is not None
@@ -152,10 +163,6 @@ class Road:
         """The stages that train, up to one."""
         names = [name for name in ("train", "mid", "finetune") if getattr(self.recipe, name) is not None]
         return names[: names.index(last) + 1]
-
-
-def _nested(values: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Mapping) for value in values.values())
 
 
 def roads_folder() -> Path:

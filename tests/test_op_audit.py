@@ -20,8 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siliconlm import engine
-from siliconlm.config import Layer, ModelConfig, RunConfig, SampleConfig, resolve
+from siliconlm.config import DataConfig, Layer, ModelConfig, RunConfig, SampleConfig, resolve
 from siliconlm.data import builtin
+from siliconlm.data.batches import Batch
+from siliconlm.data.packing import validation
 from siliconlm.data.prepare import open_dataset
 from siliconlm.hardware.device import Device
 from siliconlm.inference.decode import OneToken
@@ -98,7 +100,8 @@ def one_step(config: RunConfig, device: Device) -> Callable[[], object]:
     """A whole optimiser step of two micro-batches, after one that makes the optimisers' state."""
     state = TrainState.new(config, device)
     state.suit(Device("mps", torch.float32, 1))  # as training does there
-    sequences = np.random.default_rng(0).integers(0, 320, (config.sequences_per_step, config.model.context + 1))
+    shape = (config.sequences_per_step, config.model.context + 1)
+    sequences = Batch.of(np.random.default_rng(0).integers(0, 320, shape), config.data.document_mask)
 
     def work() -> object:
         train_step(state, sequences, 1.0)
@@ -120,6 +123,12 @@ def test_training(shape: str, optimiser: str, device: Device) -> None:
     # Attention by blocks, the tied or free head, and the fused AdamW were really there to be seen.
     assert {"aten::_fused_adamw_", "aten::bmm", "aten::logsumexp", "aten::nll_loss_forward"} <= used
     assert "aten::linalg_vector_norm" in used  # inside aten::_foreach_norm, of which clipping is made
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_training_on_documents_that_are_kept_apart(shape: str, device: Device) -> None:
+    used = audited(one_step(configured(shape, data__document_mask=True), device))
+    assert "aten::repeat_interleave.self_int" in used or "aten::masked_fill_.Scalar" in used
 
 
 def test_the_chunked_loss(device: Device) -> None:
@@ -145,7 +154,9 @@ def test_evaluating(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = Decoder(configured("qwen3").model)
     model.initialise(1)
     with open_dataset("plays") as dataset:
-        assert "aten::nll_loss_forward" in audited(lambda: result_of(evaluate(model, dataset, device, 4, 0)))
+        windows = validation(dataset, model.config.context, DataConfig())
+        used = audited(lambda: result_of(evaluate(model, dataset, windows, device, 4, 0)))
+    assert "aten::nll_loss_forward" in used
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -62,6 +62,7 @@ def test_the_wheel_carries_the_package_presets_and_profiles(
         names = set(archive.namelist())
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "siliconlm").rglob("*.py")}
+    sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "siliconlm" / "cli" / "pages").iterdir()}
     settings = {f"siliconlm/profiles/{name}.toml" for kind in ("preset", "profile") for name in profile_names(kind)}
     assert sources <= names and settings <= names
     assert {name.split("/")[0] for name in names} == {"siliconlm", f"siliconlm-{siliconlm.__version__}.dist-info"}

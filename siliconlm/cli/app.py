@@ -18,7 +18,7 @@ from siliconlm.errors import SiliconError, from_os_error
 if TYPE_CHECKING:
     from siliconlm.config import Layer, MachineConfig
     from siliconlm.engine import Request
-    from siliconlm.events import Chosen
+    from siliconlm.events import Chosen, Event
 
 app = typer.Typer(
     name="silicon",
@@ -126,22 +126,71 @@ def doctor(
 def prepare(
     source: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SOURCE", help="Files, folders, globs, or shakespeare. [default: built-in corpus]"),
+        typer.Argument(
+            metavar="SOURCE", help="Files, folders, globs, hf://..., or shakespeare. [default: built-in corpus]"
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="N", help="Name of the dataset. [default: from SOURCE]")] = None,
-    tokenizer: Annotated[str, typer.Option(metavar="T", help="byte, char, bpe or a tokenizer.json.")] = "byte",
+    field: Annotated[str | None, typer.Option(metavar="F", help="Where a record's text is. [default: text]")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="byte, char, bpe, a tokenizer.json, or hf://OWNER/NAME. [default: byte]"),
+    ] = None,
     vocab_size: Annotated[int, typer.Option(metavar="V", help="Size of a bpe vocabulary.")] = 4096,
     val_fraction: Annotated[float, typer.Option(metavar="F", help="Share of the text kept for validation.")] = 0.1,
     force: Annotated[bool, typer.Option("--force", help="Replace a dataset of the same name.")] = False,
+    template: Annotated[
+        str | None, typer.Option(metavar="T", help="Of conversations: chatml, nanochat, llama3, or a Jinja file.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Of conversations: the model that they are for.")
+    ] = None,
+    show_mask: Annotated[
+        bool, typer.Option("--show-mask", help="Only show some conversations, and what is learned of them.")
+    ] = False,
+    write: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Write the dataset SOURCE as files of nanogpt or llmc.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="Where to write them.")] = None,
     json_out: options.Json = False,
 ) -> None:
-    """Turn text into tokens on disk."""
+    """Turn text into tokens on disk.
+
+    Reads text files, and JSON Lines, JSON and Parquet files, in which each record is a text. SOURCE can also be
+    hf://datasets/OWNER/NAME[/SPLIT], from the Hugging Face hub, or a folder of token files of nanoGPT, llm.c,
+    modded-nanogpt or TinyRecursiveModels, which are taken as they are. Files of conversations, and chat (built in),
+    become a dataset for silicon finetune.
+    """
     from siliconlm import engine
     from siliconlm.cli import render
 
-    sources = source or [engine.BUILTIN]
-    dataset = name or engine.dataset_name(sources)
-    render.prepare(engine.prepare(sources, dataset, tokenizer, vocab_size, val_fraction, force), json_out)
+    if write or output:
+        render.written(_write(source or [], write, output), json_out)
+        return
+    asked = engine.Preparation(
+        tuple(source or [engine.BUILTIN]), name, tokenizer, vocab_size, val_fraction, force, field, template, base
+    )
+    render.prepare(engine.prepare_sources(asked, show_mask), json_out)
+
+
+@app.command(epilog="Example: silicon tokenizer shakespeare 'To be, or not to be'")
+def tokenizer(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="SOURCE", help="A dataset, a run, a tokenizer.json, or hf://OWNER/NAME."),
+    ] = None,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="Text to cut. [default: validation text]")] = None,
+    json_out: options.Json = False,
+) -> None:
+    """Show a tokenizer, and how it cuts a text.
+
+    Its size, the bytes a token stands for on average, and the tokens in colours. Without SOURCE it is the one dataset's
+    there is.
+    """
+    from siliconlm.cli import render
+    from siliconlm.data.vocabulary import describe
+
+    render.tokenizer(describe(*_tokenizer_of(source), text), json_out)
 
 
 @app.command("probe-batch", epilog="Example: silicon probe-batch --preset small --data shakespeare")
@@ -236,6 +285,7 @@ def train(
     assignments: options.Set = None,
     device: options.Device = None,
     on_battery: options.OnBattery = None,
+    track: options.Track = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all settings, and what it will take.")] = False,
     json_out: options.Json = False,
 ) -> None:
@@ -251,7 +301,8 @@ def train(
         render.dry_run(engine.forecast(request), json_out)
         return
     with Signals() as signals:
-        done = render.training(engine.train(request, name, signals.reason), json_out, signals)
+        events = _tracked(engine.train(request, name, signals.reason), track)
+        done = render.training(events, json_out, signals)
     raise typer.Exit(0 if done else signals.exit_code)
 
 
@@ -265,6 +316,7 @@ def resume(
     on_battery: Annotated[
         str | None, typer.Option(metavar="DO", help="continue or pause. [default: as the run was begun]")
     ] = None,
+    track: options.Track = None,
     json_out: options.Json = False,
 ) -> None:
     """Go on exactly where a stopped run was saved."""
@@ -274,7 +326,8 @@ def resume(
 
     extra = None if extend is None else _seconds("--extend", extend)
     with Signals() as signals:
-        done = render.training(engine.resume(run, signals.reason, device, extra, on_battery), json_out, signals)
+        events = _tracked(engine.resume(run, signals.reason, device, extra, on_battery), track)
+        done = render.training(events, json_out, signals)
     raise typer.Exit(0 if done else signals.exit_code)
 
 
@@ -433,17 +486,27 @@ def serve(
 def evaluate(
     run: options.Run = None,
     data: options.Data = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness instead: hellaswag,arc_easy or a .yaml."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most N questions of each task.")] = None,
     step: options.Step = None,
     device: options.Device = None,
     json_out: options.Json = False,
 ) -> None:
     """Measure the loss on the whole validation split.
 
-    In nats per token, and in bits per byte, which can be compared between tokenizers.
+    In nats per token, and in bits per byte, which can be compared between tokenizers. Of a model that talks: over its
+    answers alone, with the answers that are right to the letter on the built-in set's held-out questions.
     """
     from siliconlm import engine
     from siliconlm.cli import render
 
+    if tasks:
+        words = [word for word in tasks.split(",") if word]
+        render.evaluation(engine.measure_tasks(run, words, limit, device, _step(step)), json_out)
+        return
     render.evaluation(engine.validate(run, data, device, _step(step)), json_out)
 
 
@@ -476,13 +539,44 @@ def run(
     raise typer.Exit(0 if done else signals.exit_code)
 
 
-@app.command(epilog="Example: silicon runs --json")
-def runs(json_out: options.Json = False) -> None:
-    """A table of all runs."""
+@app.command(epilog="Example: silicon runs first --plot")
+def runs(
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="One run by name or folder. [default: all]")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the loss of RUN, or of the latest run.")] = False,
+    json_out: options.Json = False,
+) -> None:
+    """A table of all runs, or one run's figures, checkpoints and stages."""
     from siliconlm import engine
-    from siliconlm.cli import render
+    from siliconlm.cli import charts, render
+    from siliconlm.cli.report import read_report
 
-    render.runs(engine.runs(), json_out)
+    if run is None and not plot:
+        render.runs(engine.runs(), json_out)
+        return
+    found = read_report(run)
+    render.run(found, charts.terminal_plot(found, *render.plot_size()) if plot else [], json_out)
+
+
+@app.command(epilog="Example: silicon report first second --output side-by-side.html")
+def report(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN", help="Runs by name or folder. [default: the latest]")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="A file (.html, .md) or folder. [default: the run's; for several, this one]"),
+    ] = None,
+    json_out: options.Json = False,
+) -> None:
+    """Write a page about a run, in HTML and Markdown; several runs are laid side by side.
+
+    The HTML page needs no other file and no network.
+    """
+    from siliconlm.cli import page, render
+    from siliconlm.cli.report import read_report
+
+    reports = [read_report(name) for name in runs] if runs else [read_report(None)]
+    render.report(reports, page.write_pages(reports, output), json_out)
 
 
 @app.command(epilog="Example: silicon settings train")
@@ -496,12 +590,57 @@ def settings(
     render.settings(section, json_out)
 
 
+def _write(source: list[str], format: str | None, output: str | None) -> Iterator[Event]:
+    from pathlib import Path
+
+    from siliconlm.data.write import write_tokens
+
+    if len(source) != 1 or not format or not output:
+        fix = "Type: silicon prepare DATASET --write nanogpt --output DIR"
+        raise SiliconError("--write takes one dataset and --output", fix=fix)
+    return write_tokens(source[0], format, Path(output).expanduser())
+
+
+def _tokenizer_of(source: str | None) -> tuple[str, str | None]:
+    """Where a tokenizer is, and the dataset whose text to show: a run is its newest checkpoint and its dataset."""
+    from pathlib import Path
+
+    from siliconlm.data.vocabulary import is_tokenizer
+
+    if source is None:
+        from siliconlm import engine
+
+        return engine.default_data(_request(None, None, "none", None, {})) or engine.BUILTIN, None
+    if is_tokenizer(source):
+        return source, None
+    from siliconlm.data.prepare import datasets
+    from siliconlm.errors import nearest
+    from siliconlm.training.checkpoint import all_runs, find_run
+
+    known = [*datasets(), *(run.name for run in all_runs())]
+    if source not in known and not (Path(source).expanduser() / "run.toml").is_file():
+        fix = nearest(source, known) or (f"There are: {', '.join(known[:8])}." if known else "Type: silicon prepare")
+        raise SiliconError(f"no dataset, run or file named {source!r}", fix=fix, kind="missing_input")
+    run = find_run(source)
+    checkpoint, _ = run.newest(["tokenizer.json"])
+    return str(checkpoint.path), run.config()[0].data.name
+
+
 def _request(
     data: str | None, preset: str | None, profile: str, assignments: list[str] | None, flags: Mapping[str, object]
 ) -> Request:
     from siliconlm.engine import Request
 
     return Request(data, preset, profile, tuple(assignments or ()), tuple(_layers(flags)))
+
+
+def _tracked(events: Iterator[Event], where: str | None) -> Iterator[Event]:
+    """The events, read by a dashboard's backend too where one is asked for."""
+    if where is None:
+        return events
+    from siliconlm.cli import track
+
+    return track.tracked(events, track.check_backend(where))
 
 
 def _layers(flags: Mapping[str, object]) -> Iterator[Layer]:

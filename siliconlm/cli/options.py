@@ -24,3 +24,4 @@ OnBattery = Annotated[
 Seconds = Annotated[str, typer.Option("--limit", metavar="TIME", help="Longest time to measure for.")]
 Run = Annotated[str | None, typer.Argument(metavar="RUN", help="A run by name or folder. [default: the latest]")]
 Step = Annotated[str | None, typer.Option(metavar="N", help="A checkpoint by its step, or best. [default: the newest]")]
+Track = Annotated[str | None, typer.Option(metavar="WHERE", help="Also write curves to tensorboard, wandb or trackio.")]

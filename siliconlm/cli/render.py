@@ -6,10 +6,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,8 +21,13 @@ from rich.text import Text
 from siliconlm import config as configs
 from siliconlm import events as ev
 from siliconlm.cli.signals import Signals
+from siliconlm.cli.words import clock, few, number, size
 from siliconlm.errors import SiliconError, nearest
 from siliconlm.hardware.diagnosis import Diagnosis
+
+if TYPE_CHECKING:
+    from siliconlm.cli.report import Report
+    from siliconlm.data.vocabulary import Vocabulary
 
 
 class Terminal(Console):
@@ -32,41 +38,12 @@ class Terminal(Console):
 WIDE = 200  # columns of a table that goes into a file or a pipe: a row is then a line
 out = Terminal(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDE)
 err = Terminal(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+BACKGROUNDS = ("black on bright_cyan", "black on bright_yellow", "black on bright_green", "black on bright_magenta")
+PLOT = {"train": "blue", "val": "yellow", "axis": "dim"}
 MARKS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
-
-
-def clock(seconds: float | None) -> str:
-    """75 -> 1:15, 4000 -> 1:06:40."""
-    if seconds is None:
-        return "?"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def number(count: float) -> str:
-    """1234567 -> 1.23 M."""
-    for unit, scale in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g}{unit}"
-    return f"{count:.0f}"
-
-
-def few(count: float) -> str:
-    """0.47, 4.6, 35, 1.3 k."""
-    return f"{count:.2g}" if count < 100 else number(count)
 
 
 def printable(text: str) -> str:
@@ -168,7 +145,56 @@ def prepare(events: Iterable[ev.Event], json_out: bool) -> None:
                 f"  {splits['train']['tokens']:,} training and {splits['val']['tokens']:,} validation tokens, "
                 f"{tokenizer['kind']} tokenizer with {tokenizer['size']:,} entries"
             )
-            out.print(f"  next: silicon train --data {event.name}")
+            chat = event.card.get("kind") == "chat"
+            if chat:
+                learned = splits["train"]["learned"]
+                out.print(
+                    f"  {splits['train']['documents']:,} conversations; {learned:,} tokens of answers are learned"
+                )
+            out.print(f"  next: silicon {'finetune' if chat else 'train'} --data {event.name}")
+        elif isinstance(event, ev.Shown):
+            shown(event, json_out)
+
+
+def shown(event: ev.Shown, json_out: bool) -> None:
+    """A conversation with what is learned in green, or in [[brackets]] where there are no colours."""
+    if json_out:
+        as_json(event.as_json())
+        return
+    text = Text()
+    for piece, learned in event.pieces:
+        words = printable(piece)
+        text.append(words if out.is_terminal or not learned else f"[[{words}]]", "black on green" if learned else "dim")
+    out.print(Text(event.place, style="bold"))
+    out.print(text)
+
+
+def written(events: Iterable[ev.Event], json_out: bool) -> None:
+    for event in bars(events, json_out):
+        if isinstance(event, ev.Written):
+            if json_out:
+                as_json(event.as_json())
+            else:
+                out.print(f"dataset {event.name} is written for {event.format}: {event.path}")
+                out.print(f"  {', '.join(event.files)}")
+
+
+def tokenizer(found: Vocabulary, json_out: bool) -> None:
+    """What a tokenizer is, and its tokens side by side: in colours, or with bars between them."""
+    if json_out:
+        as_json(asdict(found))
+        return
+    out.print(f"{found.kind} tokenizer with {found.size:,} entries")
+    if found.bytes_per_token is not None:
+        out.print(f"  {found.bytes_per_token:.2f} bytes per token on {found.measured}")
+    shown = [printable(piece).replace("\n", "↵\n") for piece in found.pieces]
+    if not out.is_terminal:
+        out.print(Text("|".join(shown)))
+        return
+    text = Text()
+    for place, piece in enumerate(shown):
+        text.append(piece, BACKGROUNDS[place % len(BACKGROUNDS)])
+    out.print(text)
 
 
 def bars(events: Iterable[ev.Event], quiet: bool) -> Iterator[ev.Event]:
@@ -600,12 +626,13 @@ def evaluation(events: Iterable[ev.Event], json_out: bool) -> None:
                     f"step {event.step:,}: val_loss {event.val_loss:.4f} nats/token, {event.val_bpb:.4f} bits/byte"
                 )
                 out.print(f"  {event.tokens:,} tokens, the whole validation split, in {event.seconds:.1f} s")
-        elif isinstance(event, ev.Scored):
-            if json_out:
-                as_json(event.as_json())
-            else:
-                share = event.correct / max(1, event.total)
-                out.print(f"  {event.task}: {event.correct} of {event.total} answers right ({share:.0%})")
+        elif isinstance(event, ev.Scored | ev.Measured) and json_out:
+            as_json(event.as_json())
+        elif isinstance(event, ev.Measured):
+            out.print(f"{event.task}: {event.metric} {event.value:.4f}  ({event.total:,} questions)")
+        elif isinstance(event, ev.Scored) and not json_out:
+            share = event.correct / max(1, event.total)
+            out.print(f"  {event.task}: {event.correct} of {event.total} answers right ({share:.0%})")
 
 
 def runs(rows: list[dict[str, Any]], json_out: bool) -> None:
@@ -625,6 +652,39 @@ def runs(rows: list[dict[str, Any]], json_out: bool) -> None:
         cells = (row["run"], row.get("dataset", "-"), row.get("preset", "-"), parameters)
         table.add_row(*cells, f"{row.get('step', 0):,}", row.get("budget", "-"), val, row["state"])
     out.print(table)
+
+
+def run(report: Report, plot: Sequence[Sequence[tuple[str, str]]], json_out: bool) -> None:
+    """One run: its figures, the plot where one was asked for, its checkpoints and the stages that led to it."""
+    if json_out:
+        as_json(report.as_json())
+        return
+    out.print(Text(f"{report.run}: {report.state_words}", style="bold"))
+    out.print(Text(report.sentence))
+    if plot:
+        out.print(Text.assemble(("━", PLOT["train"]), " training loss, smoothed   ", ("●", PLOT["val"]), " validation"))
+    for line in plot:
+        out.print(Text.assemble(*((text, PLOT.get(style, "")) for style, text in line)), soft_wrap=True)
+    for kept in report.checkpoints:
+        loss = "not evaluated" if kept.val_loss is None else f"val_loss {kept.val_loss:.4f}"
+        words = kept.damage or f"{size(kept.bytes)}, {loss}{', the best' if kept.best else ''}"
+        out.print(Text(f"  checkpoint {kept.step:,}: {words}", style="dim"))
+    for stage in report.stages if len(report.stages) > 1 else []:
+        out.print(Text(f"  stage {stage.run}: {stage.words}"))
+
+
+def plot_size() -> tuple[int, int]:
+    """Columns and rows of a plot: the terminal's width, 80 elsewhere."""
+    return (out.width if out.is_terminal else 80), 16
+
+
+def report(reports: Sequence[Report], pages: Sequence[Path], json_out: bool) -> None:
+    """Where the pages of a report are."""
+    if json_out:
+        as_json({"pages": [str(page) for page in pages], "runs": [report.as_json() for report in reports]})
+        return
+    for page in pages:
+        out.print(f"written: {page}")
 
 
 def settings(section: str, json_out: bool) -> None:

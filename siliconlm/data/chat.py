@@ -6,6 +6,7 @@ wrote are kept apart: a special token's name in a message stays text, so no mess
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -194,6 +195,21 @@ class Template:
             done = end
         rest = self._ids(whole[done:], mark)
         return ids + rest, learned + [False] * len(rest)
+
+    def shown(self, messages: Conversation) -> list[tuple[str, bool]]:
+        """The text of the tokens in pieces, and whether each piece is learned."""
+        ids, learned = self.encode(messages)
+        pieces = []
+        for learns, group in itertools.groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
+            pieces.append(("".join(self._named([id for id, _ in group])), learns))
+        return pieces
+
+    def _named(self, ids: list[int]) -> Iterator[str]:
+        """Special tokens by name, what is between them as text."""
+        special = self.tokenizer.special_ids
+        for is_special, group in itertools.groupby(ids, key=lambda id: id in special):
+            part = list(group)
+            yield "".join(map(self.tokenizer.name_of, part)) if is_special else self.tokenizer.decode(part)
 
     def _answer(self, messages: Conversation, whole: str, mark: str) -> tuple[int, int]:
         """Where the last message of a beginning stands in the text of the whole, end token included."""

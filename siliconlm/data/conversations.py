@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ from siliconlm import __version__
 from siliconlm.data import tasks
 from siliconlm.data.chat import Conversation, Message, Template, conversation
 from siliconlm.data.prepare import FORMAT, Dataset, alone, check_arguments, data_folder, reused
-from siliconlm.data.records import RECORD_SUFFIXES, read_records
+from siliconlm.data.records import RECORD_SUFFIXES, looks_like_chat, read_records
 from siliconlm.data.shards import ShardWriter, dtype_for
 from siliconlm.errors import SiliconError
-from siliconlm.events import Event, Notice, Prepared, Working
+from siliconlm.events import Event, Notice, Prepared, Shown, Working
 from siliconlm.files import staged_folder, sweep, write_file
 
 BUILTIN_CHAT = "chat"
 REPORTED = 3  # conversations with nothing to learn that are named
 QUESTIONS = 500  # held out, at most, of each task
+MOST_LOST = 0.01  # of the text: a tokenizer that loses more cannot write these conversations
 TOLD = 256  # conversations between two reports of progress
 
 
@@ -58,17 +60,25 @@ class _Split:
 
 
 def prepare_chat(
-    sources: list[str], name: str, template: Template, val_fraction: float = 0.1, force: bool = False
+    sources: list[str],
+    name: str,
+    template: Template,
+    val_fraction: float = 0.1,
+    force: bool = False,
+    marked: bool = False,
 ) -> Iterator[Event]:
     """Make the chat dataset `name` out of files of conversations, or of the built-in set (`chat`).
 
     Only answers are learned. A conversation without one is left out and told; where none has one it is an error. A
-    dataset that was made from the same conversations in the same way is used again.
+    dataset that was made from the same conversations in the same way is used again. `marked`: the name gets a mark of
+    what it is made from, so that another is never in the way.
     """
     check_arguments(name, val_fraction)
-    target = data_folder() / name
-    recipe: dict[str, Any] = {"files": [(yield from _digest(sources))], "template": template.source}
+    recipe: dict[str, Any] = {"files": [(yield from _digest(sources, template))], "template": template.source}
     recipe |= {"tokenizer": template.tokenizer.sha256, "val_fraction": val_fraction}
+    if marked:
+        name = f"{name[:60]}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}"
+    target = data_folder() / name
     if target.exists() and not force:
         yield reused(target, recipe)
         return
@@ -83,32 +93,53 @@ def _conversations(sources: list[str]) -> Iterator[tuple[str, str, Conversation]
     """Place, task (of the built-in set) and messages of each conversation."""
     for word in sources:
         if word == BUILTIN_CHAT:
-            yield from ((f"built-in {task}", task, messages) for task, messages in tasks.conversations())
+            yield from ((f"built-in {task}", task, messages) for task, messages in tasks.conversations(tasks.QUESTIONS))
             continue
         for path in record_files(Path(word).expanduser()):
             for place, record in read_records(path):
                 yield place, "", conversation(record, place)
 
 
+def hold_conversations(sources: list[str]) -> bool:
+    """Whether these are conversations, by the first record of the first file that has records."""
+    if BUILTIN_CHAT in sources and not Path(BUILTIN_CHAT).exists():
+        return True
+    paths = [Path(word).expanduser() for word in sources]
+    files = [file for path in paths if path.exists() for file in _files(path)]
+    return any(looks_like_chat(record) for file in files[:1] for _, record in islice(read_records(file), 1))
+
+
+def show(sources: list[str], template: Template, count: int = 3) -> Iterator[Event]:
+    """The first conversations as a model reads them, with what is learned of them."""
+    for place, _, messages in islice(_conversations(sources), count):
+        yield Shown(place, template.shown(messages))
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of records at a path, sorted."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file for file in found if file.suffix.lower() in RECORD_SUFFIXES and file.is_file()]
+
+
 def record_files(path: Path) -> list[Path]:
     """A file of records, or those of a folder, sorted."""
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in RECORD_SUFFIXES and file.is_file())
-    else:
-        found = [path] if path.is_file() else []
-    if not found or (path.suffix.lower() not in RECORD_SUFFIXES and path.is_file()):
+    found = _files(path)
+    if not found:
         kinds = ", ".join(f"*{suffix}" for suffix in RECORD_SUFFIXES)
         fix = f"Give {kinds}, a folder of them, or {BUILTIN_CHAT} for the built-in set."
         raise SiliconError("no conversations there", where=str(path), fix=fix, kind="missing_input")
     return found
 
 
-def _digest(sources: list[str]) -> Generator[Event, None, str]:
+def _digest(sources: list[str], template: Template) -> Generator[Event, None, str]:
     """One hash of all conversations; whatever is wrong with one is found before anything is written."""
     digest, answers = hashlib.sha256(), 0
+    characters: Counter[str] = Counter()
     nothing: list[str] = []
     for number, (place, _, messages) in enumerate(_conversations(sources), 1):
         digest.update(json.dumps(messages).encode() + b"\n")
+        for message in messages:
+            characters.update(message.content)
         if messages[-1].role != "assistant" and len(messages) < 2 + (messages[0].role == "system"):
             nothing.append(place)
         else:
@@ -123,7 +154,21 @@ def _digest(sources: list[str]) -> Generator[Event, None, str]:
         listed = ", ".join(nothing[:REPORTED]) + (", ..." if len(nothing) > REPORTED else "")
         what = "1 conversation" if len(nothing) == 1 else f"{len(nothing):,} conversations"
         yield Notice(f"left out {what} without an answer to learn from: {listed}", "warning")
+    yield from _lost(characters, template)
     return digest.hexdigest()
+
+
+def _lost(characters: Counter[str], template: Template) -> Iterator[Notice]:
+    """Warn of characters that the tokenizer cannot write; SiliconError where they are many."""
+    missing = template.tokenizer.missing("".join(characters))
+    share = sum(characters[char] for char in missing) / max(1, characters.total())
+    what = f"the tokenizer has no {' '.join(repr(char)[1:-1] for char in missing[:12])}"
+    if share > MOST_LOST:
+        fix = "Tune a model with a byte or bpe tokenizer, which knows all text."
+        where = template.tokenizer.kind
+        raise SiliconError(f"{what}: {share:.0%} of the conversations' text would be lost", where=where, fix=fix)
+    if missing:
+        yield Notice(f"{what}: {share:.2%} of the conversations' text is lost", "warning")
 
 
 def _write(

@@ -6,21 +6,24 @@ import codecs
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from siliconlm.data.utf8 import decoded
-from siliconlm.errors import SiliconError
+from siliconlm.data.utf8 import Watch, decoded
+from siliconlm.errors import SiliconError, nearest
 from siliconlm.files import PIECE
 
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+PARQUET = ".parquet"
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", PARQUET)
 LONGEST = 64 << 20  # of a record, in bytes or characters: a text this long belongs in a file of its own
 ROWS = 128  # of a Parquet file read at once
-SPACE = re.compile(r"[ \t\n\r]*")
+WHITE = " \t\n\r"  # between values in JSON
+SPACE = re.compile(f"[{WHITE}]*")
 LOOKAHEAD = len("1e+")  # what ends in these may yet go on to be another number
 DECODER = json.JSONDecoder()
+TEXT = "text"  # the field that holds a record's text where none is named
 CHAT_KEYS: tuple[set[str], ...] = (
     {"messages"},
     {"conversations"},
@@ -28,8 +31,6 @@ CHAT_KEYS: tuple[set[str], ...] = (
     {"prompt", "completion"},
     {"prompt", "replies"},
 )
-
-Watch = Callable[[bytes], object]
 
 
 def read_records(path: Path, watch: Watch | None = None) -> Iterator[tuple[str, Any]]:
@@ -39,7 +40,7 @@ def read_records(path: Path, watch: Watch | None = None) -> Iterator[tuple[str, 
     is a SiliconError that names the place.
     """
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    if suffix == PARQUET:
         return _rows(path, watch)
     return _items(path, watch) if suffix == ".json" else _lines(path, watch)
 
@@ -57,9 +58,10 @@ def _bytes(path: Path, watch: Watch | None) -> Iterator[bytes]:
 
 def _lines(path: Path, watch: Watch | None) -> Iterator[tuple[str, Any]]:
     """Lines of white space hold no record, but count as lines."""
+    name = str(path)  # writing a path out takes longer than parsing a short record
     for number, line in enumerate(_split(path, watch), start=1):
         if line and not line.isspace():
-            place = f"{path} line {number}"
+            place = f"{name} line {number}"
             yield place, _parsed(line, place)
 
 
@@ -80,7 +82,11 @@ def _split(path: Path, watch: Watch | None) -> Iterator[bytes]:
 
 def _parsed(line: bytes, place: str) -> Any:
     try:
-        return DECODER.decode(line.decode())
+        text = line.decode().strip(WHITE)
+        value, end = DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        return value
     except UnicodeDecodeError as error:
         what = f"not valid UTF-8: byte 0x{line[error.start]:02x} at offset {error.start:,} of the line"
         raise SiliconError(what, where=place, fix="Write the file in UTF-8.", kind="bad_data") from error
@@ -98,7 +104,8 @@ def _not_json(error: ValueError | RecursionError, place: str, before: int = 0) -
     if isinstance(error, RecursionError):
         why = "nested too deeply"
     elif isinstance(error, json.JSONDecodeError):
-        why = f"{error.msg[:1].lower()}{error.msg[1:]}, character {before + error.pos + 1:,}"
+        what = error.msg[:1].lower() + error.msg[1:].removesuffix(" at")
+        why = f"{what} at character {before + error.pos + 1:,}"
     else:
         why = f"an integer of more than {sys.get_int_max_str_digits():,} digits"
     return SiliconError(f"not JSON: {why}", where=place, fix="Mend it or take it out.", kind="bad_data")
@@ -111,10 +118,10 @@ def _items(path: Path, watch: Watch | None) -> Iterator[tuple[str, Any]]:
     """The elements of an array; without one the values one after the other, which may be a single one."""
     values = _Values(decoded(_bytes(path, watch), str(path)))
     in_array = values.skip("[")
-    number = 0
+    name, number = str(path), 0
     while not (_array_ends(values, number, path) if in_array else values.peek() == ""):
         number += 1
-        place = f"{path} item {number}"
+        place = f"{name} item {number}"
         yield place, values.take(place)
 
 
@@ -194,11 +201,11 @@ def _rows(path: Path, watch: Watch | None, columns: list[str] | None = None) -> 
         for _ in _bytes(path, watch):
             pass
     with _parquet(path) as file, _arrow_errors(path):
-        number = 0
+        name, number = str(path), 0
         for batch in file.iter_batches(batch_size=ROWS, columns=columns):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
+                yield f"{name} row {number}", row
 
 
 @contextmanager
@@ -211,7 +218,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         what = "Parquet files need pyarrow, which is not installed"
         raise SiliconError(what, where=str(path), fix=fix, kind="bad_environment") from error
     with _arrow_errors(path):
-        file = ParquetFile(path, buffer_size=PIECE)  # a column is read piece by piece, not a row group at once
+        file = ParquetFile(path, buffer_size=PIECE, pre_buffer=False)  # else it reads the whole file into memory
     with file:
         yield file
 
@@ -230,6 +237,72 @@ def _arrow_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def read_texts(path: Path, field: str | None = None, watch: Watch | None = None) -> Iterator[str]:
+    """The text of each record: a string, or what stands in the field `text`, or in the one named.
+
+    A text of white space alone, or null in its place, comes as an empty one.
+    """
+    if path.suffix.lower() == PARQUET:
+        _check_columns(path, field)
+        records = _rows(path, watch, [field or TEXT])
+    else:
+        records = read_records(path, watch)
+    for number, (place, record) in enumerate(records):
+        if not (number or field) and looks_like_chat(record):
+            raise _conversations(path, place)
+        text = record if isinstance(record, str) else _field(record, field or TEXT, place)
+        if not text or text.isspace():
+            yield ""
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"half a surrogate pair, \\u{ord(text[error.start]):x}, stands in the text"
+            raise SiliconError(what, where=place, fix="Mend it or take it out.", kind="bad_data") from error
+        yield text
+
+
+def _field(record: Any, field: str, place: str) -> str:
+    if not isinstance(record, dict):
+        fix = f'Give records such as {{"{field}": "To be, or not to be"}}, or strings.'
+        raise SiliconError(f"{_kind(record)}, not a record with text", where=place, fix=fix, kind="bad_data")
+    if field not in record:
+        raise _no_field("field", field, list(record), place)
+    text = record[field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        others = [name for name, value in record.items() if isinstance(value, str)]
+        fix = f"Type --field {others[0]}" if others else "Give a field that holds text: --field NAME"
+        raise SiliconError(f"field `{field}` is {_kind(text)}, not text", where=place, fix=fix, kind="bad_data")
+    return text
+
+
+def _check_columns(path: Path, field: str | None) -> None:
+    with _parquet(path) as file:
+        names = file.schema_arrow.names
+    if not field and looks_like_chat(dict.fromkeys(names)):
+        raise _conversations(path, str(path))
+    if (field or TEXT) not in names:
+        raise _no_field("column", field or TEXT, names, str(path))
+
+
+def _no_field(kind: str, field: str, names: list[str], place: str) -> SiliconError:
+    there = ", ".join(names[:20]) or "none"
+    close = next((name for name in names if nearest(field, [name])), "")
+    fix = f"Type --field {close}" if close else "Name the one that holds the text: --field NAME"
+    what = f"no {kind} `{field}`; there are: {there}" + (", ..." if len(names) > 20 else "")
+    return SiliconError(what, where=place, fix=fix, kind="bad_data")
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "a number"}
+    return kinds.get(type(value), "null" if value is None else "a number")
+
+
 # --- conversations ---------------------------------------------------------------------------------------------------
 
 
@@ -238,3 +311,8 @@ def looks_like_chat(record: Any) -> bool:
     if isinstance(record, list):
         return bool(record) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in record)
     return isinstance(record, dict) and any(keys <= record.keys() for keys in CHAT_KEYS)
+
+
+def _conversations(path: Path, place: str) -> SiliconError:
+    fix = f"Type: silicon finetune --data {path}, or read one field as plain text: --field NAME"
+    return SiliconError("these are conversations, not texts", where=place, fix=fix, kind="bad_data")

@@ -34,12 +34,14 @@ def remake_command(folder: Path) -> str:
 def _words(card: dict[str, Any], name: str, folder: Path) -> list[str]:
     recipe = card["recipe"]
     words = ["silicon", "prepare", *(source["given"] for source in card["sources"]), "--name", name]
-    words += ["--tokenizer", _tokenizer(card["tokenizer"], folder)]
+    if recipe["field"]:
+        words += ["--field", str(recipe["field"])]
+    if "foreign" not in card or card["tokenizer"]["kind"] not in KINDS:
+        words += ["--tokenizer", _tokenizer(card["tokenizer"], folder)]
     if card["tokenizer"]["kind"] == "bpe":
         words += ["--vocab-size", str(int(recipe["vocab_size"]))]
-    fraction = float(recipe["val_fraction"])
-    if fraction != 0.1:
-        words += ["--val-fraction", str(fraction)]
+    if "foreign" not in card and float(recipe["val_fraction"]) != 0.1:
+        words += ["--val-fraction", str(float(recipe["val_fraction"]))]
     return [*words, "--force"]
 
 

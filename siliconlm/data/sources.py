@@ -1,7 +1,7 @@
-"""Where text comes from: the built-in corpus, files, folders, patterns and tiny Shakespeare, as streams of UTF-8.
+"""Where text comes from: the built-in corpus, files, folders, the hub and tiny Shakespeare, as streams of text.
 
-A dataset is a sequence of documents. A document can be read again and again, piece by piece, in memory that does not
-grow with its size: one pass counts it, the next one turns it into tokens.
+A dataset is a sequence of documents. A document, which may hold many texts, can be read again and again, piece by
+piece, in memory that does not grow with its size: one pass counts it, the next one turns it into tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from functools import cache, partial
 from pathlib import Path
 
 from siliconlm.data import builtin
-from siliconlm.data.utf8 import decoded
+from siliconlm.data.hub import HUB, fetch_dataset
+from siliconlm.data.records import PARQUET, RECORD_SUFFIXES, read_texts
+from siliconlm.data.tokenizer import Part
+from siliconlm.data.utf8 import Watch, decoded
 from siliconlm.errors import SiliconError, nearest
 from siliconlm.events import Event, Notice, Working
 from siliconlm.files import PIECE, home, sha256, write_file
@@ -50,15 +53,31 @@ FOREIGN_MARKS = (
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text. `raw` opens its bytes anew, in pieces of about the size asked for; `size` is about their sum."""
+    """A file, which holds one text or `records`, or the built-in corpus. `read` begins anew each time."""
 
     name: str
     size: int
-    raw: Callable[[int], Iterator[bytes]]
+    read: Callable[[int, Watch | None], Iterator[Part]]
+    path: Path | None = None
+    records: bool = False
 
-    def pieces(self, size: int = PIECE, watch: Callable[[bytes], object] | None = None) -> Iterator[str]:
-        """The text in pieces, without a byte order mark. `watch` sees the bytes as they stand in the file."""
-        return decoded(self.raw(size), self.name, watch)
+    def parts(self, size: int = PIECE, watch: Watch | None = None) -> Iterator[Part]:
+        """The texts in pieces, without a byte order mark, each with whether a text begins with it.
+
+        Long texts come in pieces of about `size` bytes, empty ones as an empty piece. `watch` sees the file's bytes.
+        """
+        return self.read(size, watch)
+
+    def pieces(self, size: int = PIECE) -> Iterator[str]:
+        """The texts in pieces, one text after the other."""
+        return (piece for _, piece in self.parts(size))
+
+    def state(self) -> tuple[int, ...]:
+        """What changes when the file does."""
+        if self.path is None:
+            return ()
+        facts = self.path.stat()
+        return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +93,8 @@ class Source:
 class _Tally:
     """What was left out on the way, so that nothing is left out in silence."""
 
+    text_field: str | None = None
+    records: int = 0
     empty: list[str] = field(default_factory=list)
     twice: int = 0
     marked: int = 0
@@ -81,15 +102,16 @@ class _Tally:
     seen: set[str] = field(default_factory=set)
 
 
-def open_sources(words: list[str]) -> Generator[Event, None, list[Source]]:
-    """What each word stands for: `builtin`, `shakespeare`, a file, a folder or a quoted pattern.
+def open_sources(words: list[str], field: str | None = None) -> Generator[Event, None, list[Source]]:
+    """What each word stands for: `builtin`, `shakespeare`, hf://datasets/..., a file, a folder or a quoted pattern.
 
-    Yields Notices of what was left out, and Working while it downloads; returns the sources that hold text.
+    `field` is the one that holds the text of a record. Yields Notices of what was left out, and Working while it
+    downloads; returns the sources that hold text.
     """
     if not all(words) or not words:
         fix = f"Type: silicon prepare {BUILTIN}, or silicon prepare path/to/input.txt"
         raise SiliconError("no text was given", fix=fix, kind="missing_input")
-    tally = _Tally()
+    tally = _Tally(field)
     sources = []
     for word in words:
         sources.append((yield from _open_word(word, tally)))
@@ -105,6 +127,9 @@ def _open_word(word: str, tally: _Tally) -> Generator[Event, None, Source]:
     if word == SHAKESPEARE:
         path = yield from download_shakespeare()
         return Source(word, tuple(_documents([path], tally)))
+    if word.startswith(HUB):
+        paths = yield from fetch_dataset(word)
+        return Source(word, tuple(_documents(paths, tally)))
     path = Path(word).expanduser()
     if not os.path.lexists(path) and any(sign in word for sign in "*?["):
         paths = _matches(word)
@@ -118,7 +143,7 @@ def _open_word(word: str, tally: _Tally) -> Generator[Event, None, Source]:
 
 def builtin_document() -> Document:
     """The package's own corpus as one document."""
-    return Document(BUILTIN, BUILTIN_SIZE, _builtin_bytes)
+    return Document(BUILTIN, BUILTIN_SIZE, partial(_one_text, _builtin_bytes, BUILTIN))
 
 
 @cache
@@ -148,14 +173,35 @@ def _documents(paths: list[Path], tally: _Tally) -> Iterator[Document]:
             tally.twice += 1
             continue
         tally.seen.add(real)
-        head = _head(path)
-        document = Document(str(path), path.stat().st_size, partial(_file_bytes, path))
-        _check_head(head, path)
-        if not any(piece.strip() for piece in document.pieces(HEAD)):
+        document = _document(path, tally)
+        if any(piece.strip() for piece in document.pieces(HEAD)):
+            yield document
+        else:
             tally.empty.append(str(path))
-            continue
+
+
+def _document(path: Path, tally: _Tally) -> Document:
+    head = _head(path)
+    if path.suffix.lower() != PARQUET:
+        _check_head(head, path)
         tally.marked += head.startswith(codecs.BOM_UTF8)
-        yield document
+    records = path.suffix.lower() in RECORD_SUFFIXES
+    tally.records += records
+    one = partial(_one_text, partial(_file_bytes, path), str(path))
+    many = partial(_many_texts, path, tally.text_field)
+    return Document(str(path), path.stat().st_size, many if records else one, path, records)
+
+
+def _one_text(raw: Callable[[int], Iterator[bytes]], name: str, size: int, watch: Watch | None) -> Iterator[Part]:
+    begins = True
+    for piece in decoded(raw(size), name, watch):
+        yield begins, piece
+        begins = False
+
+
+def _many_texts(path: Path, field: str | None, size: int, watch: Watch | None) -> Iterator[Part]:
+    """A record is in memory whole, so that its text is one piece whatever `size` is."""
+    return ((True, text) for text in read_texts(path, field, watch))
 
 
 def _file_bytes(path: Path, size: int) -> Iterator[bytes]:
@@ -235,7 +281,7 @@ def _walk(folder: Path, tally: _Tally) -> list[Path]:
     for root, folders, names in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(root, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in TEXT_SUFFIXES and path.is_file():
+            if path.suffix.lower() in (*TEXT_SUFFIXES, *RECORD_SUFFIXES) and path.is_file():
                 found.append(path)
             else:
                 other[path.suffix] += 1
@@ -252,7 +298,7 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def _no_text(folder: Path, other: Counter[str]) -> SiliconError:
-    kinds = ", ".join(f"*{suffix}" for suffix in TEXT_SUFFIXES)
+    kinds = ", ".join(f"*{suffix}" for suffix in (*TEXT_SUFFIXES, *RECORD_SUFFIXES))
     suffixes = [suffix for suffix, _ in other.most_common() if suffix]
     fix = f"Looked for {kinds}."
     if suffixes:
@@ -266,7 +312,8 @@ def _nothing_left(words: list[str], tally: _Tally) -> SiliconError:
         what = f"no text: all {len(tally.empty)} files are empty or hold only white space"
         return SiliconError(what, where=" ".join(words), fix=fix, kind="bad_data")
     path = tally.empty[0]
-    what = "the file holds only white space" if os.path.getsize(path) else "the file is empty"
+    holds = "no text in its records" if tally.records else "only white space"
+    what = f"the file holds {holds}" if os.path.getsize(path) else "the file is empty"
     return SiliconError(what, where=path, fix=fix, kind="bad_data")
 
 
@@ -277,6 +324,8 @@ def _notices(tally: _Tally) -> Iterator[Notice]:
         yield Notice(f"{_files(tally.twice)} named more than once: each was read once")
     if tally.marked:
         yield Notice(f"left out the byte order mark that {_files(tally.marked)} began with")
+    if tally.text_field and not tally.records:
+        yield Notice(f"--field {tally.text_field} was not used: no file of records was given", level="warning")
     if tally.other:
         suffixes = ", ".join(suffix or "no suffix" for suffix, _ in tally.other.most_common(5))
         yield Notice(f"left out {_files(tally.other.total())} of other kinds in the folder ({suffixes})")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,8 @@ def _byte_symbols() -> tuple[str, ...]:
 SYMBOLS = _byte_symbols()
 BYTES = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
 
+Part = tuple[bool, str]  # of a text: whether it begins with this, and what it says
+
 
 class Stream(Protocol):
     """Turns ids into text one at a time, never giving out half a character."""
@@ -76,12 +79,19 @@ class Tokenizer:
             encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
-        """The same ids as arrays. Where a token is a byte this is one addition, some hundred times faster."""
+    def encode_parts(self, parts: list[Part]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        """The ids of many parts in a row, with `eos` before each that begins a text."""
+        ids, lengths = self._flat([part for _, part in parts])
+        starts = np.cumsum([0, *lengths[:-1]])
+        return np.insert(ids, starts[[begins for begins, _ in parts]], self.eos)
+
+    def _flat(self, texts: list[str]) -> tuple[np.ndarray[Any, np.dtype[np.uint32]], list[int]]:
+        """The ids of all texts in a row, and how many each has. Where a token is a byte this is one addition."""
         if self.is_bytes:
-            first = np.uint32(len(SPECIALS))
-            return [np.frombuffer(text.encode(), dtype=np.uint8) + first for text in texts]
-        return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]
+            data = [text.encode() for text in texts]
+            return np.frombuffer(b"".join(data), dtype=np.uint8) + np.uint32(len(SPECIALS)), list(map(len, data))
+        ids = self.encode_batch(texts)
+        return np.fromiter(chain.from_iterable(ids), dtype=np.uint32), list(map(len, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens; bytes that make no character come out as U+FFFD."""
@@ -90,7 +100,7 @@ class Tokenizer:
 
     def stream(self) -> Stream:
         """A decoder for ids that arrive one by one."""
-        if isinstance(self.inner.decoder, decoders.ByteLevel):
+        if self.is_byte_level:
             return _ByteStream(self)
         return _WindowStream(self)
 
@@ -127,6 +137,23 @@ class Tokenizer:
     def special_names(self) -> dict[str, int]:
         """Special tokens' ids by name."""
         return {self.name_of(id): id for id in self.special_ids}
+
+    def measure(self, ids: np.ndarray[Any, np.dtype[Any]]) -> tuple[int, int]:
+        """The characters and UTF-8 bytes that tokens of a byte-level tokenizer stand for."""
+        characters, sizes = self._sizes
+        return int(characters[ids].sum()), int(sizes[ids].sum())
+
+    @cached_property
+    def _sizes(self) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
+        """For each id the characters that begin in its bytes, and how many bytes there are."""
+        data = [self.bytes_of(id) for id in range(self.size)]
+        characters = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in data]
+        return np.array(characters), np.array([len(piece) for piece in data])
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether every token stands for bytes of its own."""
+        return isinstance(self.inner.decoder, decoders.ByteLevel)
 
     @cached_property
     def is_bytes(self) -> bool:
@@ -186,34 +213,44 @@ class _WindowStream:
 @lru_cache(maxsize=1)
 def byte_tokenizer() -> Tokenizer:
     """A token for each byte: any text, the smallest vocabulary."""
-    return _ours("byte", SYMBOLS, [])
+    return _ours("byte", [*SPECIALS, *SYMBOLS], [])
 
 
 def char_tokenizer(alphabet: Iterable[str]) -> Tokenizer:
-    """A token for each character of `alphabet`; other characters are lost (see `missing`).
+    """A token for each character of `alphabet`; other characters are lost (see `missing`)."""
+    tokens, merges = _spelled(sorted(set(alphabet)))
+    return _ours("char", [*SPECIALS, *tokens], merges)
+
+
+def numbered_char_tokenizer(characters: list[str]) -> Tokenizer:
+    """A token for each character, whose id is its place in the list. Everything else has the ids after those."""
+    tokens, merges = _spelled(characters)
+    whole = ["".join(SYMBOLS[byte] for byte in character.encode()) for character in characters]
+    return _ours("char", dict.fromkeys([*whole, *tokens, *SPECIALS]), merges)
+
+
+def _spelled(characters: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The tokens and merges that make characters.
 
     A character outside ASCII is merged from its bytes. A merge begins with the lead byte of a character, so it can
     never reach across two, and the pieces on the way are tokens as well.
     """
     tokens: dict[str, None] = {}
     merges: dict[tuple[str, str], None] = {}
-    for character in sorted(set(alphabet)):
-        symbols = [SYMBOLS[byte] for byte in character.encode()]
+    for character in characters:
         made = ""
-        for symbol in symbols:
+        for symbol in (SYMBOLS[byte] for byte in character.encode()):
             tokens[symbol] = None
             if made:
                 merges[made, symbol] = None
             made += symbol
             tokens[made] = None
-    return _ours("char", tokens, list(merges))
+    return list(tokens), list(merges)
 
 
 def bpe_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE learned from `chunks` of text. May be smaller than asked for where the text has too few pairs."""
-    if vocab_size < SMALLEST_BPE:
-        what = f"vocab_size {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes come first"
-        raise SiliconError(what, fix=f"Type --vocab-size {SMALLEST_BPE} or more")
+    check_vocab_size(vocab_size)
     inner = _dress(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -226,8 +263,15 @@ def bpe_tokenizer(chunks: Iterable[str], vocab_size: int) -> Tokenizer:
     return _wrap(inner, inner.to_str(), "bpe")
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a BPE vocabulary without room for what comes first."""
+    if vocab_size < SMALLEST_BPE:
+        what = f"vocab_size {vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes come first"
+        raise SiliconError(what, fix=f"Type --vocab-size {SMALLEST_BPE} or more")
+
+
 def _ours(kind: str, tokens: Iterable[str], merges: list[tuple[str, str]]) -> Tokenizer:
-    vocabulary = {token: id for id, token in enumerate([*SPECIALS, *tokens])}
+    vocabulary = {token: id for id, token in enumerate(tokens)}
     inner = _dress(models.BPE(vocab=vocabulary, merges=merges))
     inner.add_special_tokens(_specials())
     return _wrap(inner, inner.to_str(), kind)
@@ -343,24 +387,28 @@ LONGEST = 1 << 18
 BORDER = re.compile(r"(?<=\S)(?= )|(?<=\n)(?=\S)")
 
 
-def chunks(pieces: Iterable[str], size: int = CHUNK, longest: int = LONGEST) -> Iterator[str]:
-    """Text cut so that the tokens of the chunks are those of the whole, whatever the pieces it comes in.
+def chunks(parts: Iterable[Part], size: int = CHUNK, longest: int = LONGEST) -> Iterator[Part]:
+    """Texts cut so that the tokens of the chunks are those of each whole text, whatever the parts it comes in.
 
     A chunk ends at the first certain border after `size` characters; text without one is cut hard at `longest`.
     """
-    rest = ""
-    for piece in pieces:
-        rest += piece
+    rest, begins = "", False
+    for fresh, part in parts:
+        if fresh:
+            if rest:
+                yield begins, rest
+            rest, begins = "", True
+        rest += part
         start = 0
         while len(rest) - start > size:
             end = _border(rest, start, size, longest)
             if not end:
                 break
-            yield rest[start:end]
-            start = end
+            yield begins, rest[start:end]
+            start, begins = end, False
         rest = rest[start:]
     if rest:
-        yield rest
+        yield begins, rest
 
 
 def _border(text: str, start: int, size: int, longest: int) -> int:

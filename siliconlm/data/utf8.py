@@ -7,10 +7,10 @@ from collections.abc import Callable, Generator, Iterator
 
 from siliconlm.errors import SiliconError
 
+Watch = Callable[[bytes], object]  # sees the bytes of a file as they are read
 
-def decoded(
-    raw: Iterator[bytes], name: str = "", watch: Callable[[bytes], object] | None = None
-) -> Generator[str, None, None]:
+
+def decoded(raw: Iterator[bytes], name: str = "", watch: Watch | None = None) -> Generator[str, None, None]:
     """UTF-8 bytes in pieces of any size as text in pieces; characters across a border come out whole.
 
     Strips one byte order mark. A bad byte is an error that says at which offset of the file it stands.

@@ -119,6 +119,20 @@ def gather() -> Facts:
     )
 
 
+def in_words(processor: str, torch: str) -> str:
+    """The computer in a line, from what answers at once: `processor` (what computes), cores, memory, system, versions.
+
+    Some sysctl calls on a Mac, some files elsewhere: milliseconds.
+    """
+    mac = platform.system() == "Darwin"
+    own, kinds = chip(mac), cores_by_kind(mac)
+    chips = own if processor == own else f"{processor} with {own}"
+    cores = f"{usable_cores()} cores" + (f" ({kinds[0]}+{kinds[1]})" if kinds[0] and kinds[1] else "")
+    system = ("macOS " if mac else "") + os_version(mac)
+    memory_words = f"{memory(mac)[0] / 2**30:.0f} GiB"
+    return f"{chips}, {cores}, {memory_words}, {system}; Python {platform.python_version()}, torch {torch}"
+
+
 # --- asking ---------------------------------------------------------------------------------------------------------
 
 

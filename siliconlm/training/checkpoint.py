@@ -112,6 +112,10 @@ class RunFolder:
     def log_path(self) -> Path:
         return self.path / "log.jsonl"
 
+    @property
+    def evals_path(self) -> Path:
+        return self.path / "evals.jsonl"
+
     def config(self) -> tuple[RunConfig, dict[str, Any]]:
         return read_run(self.path / "run.toml")
 
@@ -159,7 +163,7 @@ class RunFolder:
 
     def record(self, event: Event) -> None:
         """Append what was found out about the run's model after training, which no log of training holds."""
-        with open(self.path / "evals.jsonl", "a", encoding="utf-8") as file:
+        with open(self.evals_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**event.as_json(), "at": round(time.time(), 3)}) + "\n")
 
     def _close_torn_line(self) -> None:
@@ -359,14 +363,22 @@ def find_run(name: str | None) -> RunFolder:
 def read_log(run: RunFolder) -> list[dict[str, Any]]:
     """The events of a run in order, without those that a resume from an earlier step took back."""
     events: list[dict[str, Any]] = []
-    if not run.log_path.is_file():
-        return events
-    for line in run.log_path.read_bytes().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # torn by a crash
+    for event in _records(run.log_path):
         if event.get("event") == "resumed":
             events = [old for old in events if old.get("step", 0) <= event["step"]]
         events.append(event)
     return events
+
+
+def read_evals(run: RunFolder) -> list[dict[str, Any]]:
+    """What was found out about a run's model after training, in order."""
+    return list(_records(run.evals_path))
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log, if there is one."""
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # torn by a crash

@@ -46,7 +46,7 @@ def train_step(state: TrainState, batch: Batch, lr: float) -> tuple[Tensor, Tens
     loss = accumulate(state, batch)
     norm = update(state, lr)
     state.step += 1
-    state.tokens += batch.learned
+    state.tokens += batch.inputs.size
     return loss, norm
 
 
@@ -217,6 +217,7 @@ class Loop:
     watch: Watch
     clock: Clock
     saved_step: int
+    kept_back: float = 0.0
     pending: list[tuple[int, int, float, Tensor, Tensor]] = field(default_factory=list)
     step_seconds: float = 0.0
 
@@ -233,8 +234,8 @@ class Loop:
         return self.clock.eval_rate or EVALUATION_SPEED * self.clock.rate
 
     def reserve(self) -> float:
-        """Seconds to keep for the end of a time budget: the evaluation of the last checkpoint, its save, and the final
-        evaluation, unless the first has used all windows already."""
+        """Seconds to keep for the end of a time budget: the evaluation of the last checkpoint, its save, the final
+        evaluation, unless the first has used all windows already, and what the caller keeps back."""
         if self.clock.budget.seconds is None:
             return 0.0
         windows, rate = self.subset(), self.evaluation_rate()
@@ -242,7 +243,7 @@ class Loop:
             windows += self.final_windows() or self.windows
         evaluation = windows * self.config.model.context / rate if rate else 0.0
         spare = DEADLINE_SPARE + self.step_seconds if self.clock.budget.deadline else 0.0
-        return evaluation + self.clock.save_seconds + spare
+        return evaluation + self.clock.save_seconds + spare + self.kept_back
 
     def done(self) -> float:
         """The share of the budget that is used; of a time budget, with half of the step that would come next."""
@@ -408,6 +409,7 @@ def fit(
     save: Callable[[], Saved],
     stop: Callable[[], str | None],
     watch: Watch,
+    kept_back: float = 0.0,
     begin: bool = False,
 ) -> Iterator[Event]:
     """Train until `budget` is used or `stop()` gives the name of a reason; asked after each step.
@@ -416,11 +418,12 @@ def fit(
     Finished. `run` is the name and folder for that last record. What is due at a step is done before a stop, so that
     a run cut in two evaluates and saves where a straight one does. The last checkpoint is committed before the last
     evaluation, which may take long. What `watch` notices is told as Notices; where it says so, the run waits, saved,
-    for mains power. `begin`: evaluate and save before the first step, for a run that goes on from another's weights.
+    for mains power. Of a time budget, `kept_back` seconds are left to the caller at the end. `begin`: evaluate and
+    save before the first step, for a run that goes on from another's weights.
     """
     clock = Clock(budget, state.seconds, watch.sleepless, watch.sleepless(), tokens_flushed=state.tokens)
     clock.save_seconds = checkpoint_bytes(state.config) / SAVE_SPEED
-    loop = Loop(state, batches, dataset, validation, save, stop, watch, clock, state.step)
+    loop = Loop(state, batches, dataset, validation, save, stop, watch, clock, state.step, kept_back)
     stopped: str | None = None
     result: Evaluated | None = None
     if begin:

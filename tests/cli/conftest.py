@@ -79,8 +79,9 @@ class Trained:
         return sorted((self.home / "runs" / run / "checkpoints").glob("step-*"), reverse=True)
 
     def files(self) -> dict[str, bytes]:
-        """Every file in the home but locks, by its path."""
-        found = (path for path in self.home.rglob("*") if path.is_file() and path.name != ".lock")
+        """Every file in the home but locks and what evaluations noted, by its path."""
+        left_out = (".lock", "evals.jsonl")
+        found = (path for path in self.home.rglob("*") if path.is_file() and path.name not in left_out)
         return {str(path.relative_to(self.home)): path.read_bytes() for path in found}
 
 

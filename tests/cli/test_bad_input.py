@@ -101,6 +101,50 @@ def test_preparing_what_is_not_there(
     assert listing(home) in ([], ["data"])
 
 
+RECORDS = {
+    "broken.jsonl": (b'{"text": "a"}\n{"text": ', "broken.jsonl line 2", "not JSON"),
+    "titles.jsonl": (b'{"title": "a", "n": 1}', "titles.jsonl line 1", "no field `text`; there are: title, n"),
+    "number.json": (b"17", "number.json item 1", "a number, not a record with text"),
+    "empty.jsonl": (b"", "empty.jsonl", "the file is empty"),
+    "deep.json": (b"[" * 100_000, "deep.json item 1", "nested too deeply"),
+    "bytes.jsonl": (b'{"text": "caf\xe9"}', "bytes.jsonl line 1", "byte 0xe9 at offset 13"),
+    "nul.jsonl": (b'{"text": "\0"}', "nul.jsonl line 1", "invalid control character at character 11"),
+    "chat.jsonl": (b'{"messages": []}', "chat.jsonl line 1", "the conversation is empty"),
+    "rows.parquet": (b"PAR1", "rows.parquet", "not a readable Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_that_cannot_be_used(silicon: Silicon, home: Path, tmp_path: Path, name: str) -> None:
+    content, where, what = RECORDS[name]
+    (tmp_path / name).write_bytes(content)
+    refused(silicon("prepare", name), what, where)
+    assert listing(home) in ([], ["data"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["prepare", "plays", "--write", "nanogtp", "--output", "out"], ["--write nanogtp is not known", "nanogpt?"]),
+        (["prepare", "plays", "--write", "nanogpt"], ["--write takes one dataset and --output", "--output DIR"]),
+        (["prepare", "--output", "out"], ["--write takes one dataset and --output"]),
+        (["prepare", "plays", "--write", "llmc", "--output", "."], ["the folder exists (.)"]),
+        (
+            ["prepare", "plasy", "--write", "llmc", "--output", "out"],
+            ["no dataset named 'plasy'", "Did you mean plays?"],
+        ),
+        (["tokenizer", "plasy"], ["no dataset, run or file named 'plasy'", "Did you mean plays?"]),
+        (["tokenizer", "plays.txt"], ["not a usable tokenizer.json"]),
+    ],
+)
+def test_writing_and_showing_what_is_not_there(
+    silicon: Silicon, trained: Trained, tmp_path: Path, words: list[str], says: list[str]
+) -> None:
+    (tmp_path / "plays.txt").write_text(LONG)
+    refused(silicon(*words), *says)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dataset_is_never_replaced_unasked(silicon: Silicon, own: Trained, tmp_path: Path) -> None:
     before = own.files()
     (tmp_path / "other.txt").write_text(LONG)

@@ -19,6 +19,7 @@ import siliconlm
 from siliconlm import engine
 from siliconlm.cli.signals import Signals
 from siliconlm.config import known_settings
+from siliconlm.data.packing import validation
 from siliconlm.data.prepare import open_dataset
 from siliconlm.hardware.device import open_device
 from siliconlm.model.weights import read_model
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from .conftest import Silicon, Trained
 
 COMMANDS = [
+    "chat",
     "doctor",
+    "finetune",
+    "run",
     "prepare",
     "probe-batch",
     "profile",
@@ -38,7 +42,9 @@ COMMANDS = [
     "sample",
     "eval",
     "runs",
+    "report",
     "settings",
+    "tokenizer",
 ]
 ESCAPE = "\x1b"
 
@@ -179,6 +185,31 @@ def test_prepare(silicon: Silicon, made: Trained, home: Path) -> None:
     assert again.code == 0 and again.err == "" and record["reused"] and record["name"] == "mine"
     assert record["card"] == json.loads((home / "data" / "mine" / "dataset.json").read_text())
     assert sorted(path.name for path in (home / "data").iterdir()) == ["mine"]
+
+
+def test_prepare_writes_a_dataset_for_other_programs(silicon: Silicon, made: Trained, tmp_path: Path) -> None:
+    assert silicon("prepare", made.text, "--name", "mine").code == 0
+    done = silicon("prepare", "--write", "llmc", "mine", "--output", tmp_path / "out")
+    assert done.code == 0 and done.out.startswith(f"dataset mine is written for llmc: {tmp_path / 'out'}\n")
+    files = ["mine_train_000001.bin", "mine_val_000000.bin", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    again = silicon("prepare", "mine", "--write", "nanogpt", "--output", tmp_path / "again", "--json").json()
+    assert again["event"] == "written" and again["files"] == ["tokenizer.json", "train.bin", "val.bin"]
+
+
+def test_tokenizer(silicon: Silicon, trained: Trained) -> None:
+    shown = silicon("tokenizer", "plays", "To be,\nor not")
+    assert shown.code == 0 and shown.err == "" and ESCAPE not in shown.out
+    first, second, *view = shown.out.splitlines()
+    assert first.startswith("char tokenizer with") and second == "  1.00 bytes per token on this text"
+    assert view == ["T|o| |b|e|,|↵", "|o|r| |n|o|t"]
+    found = silicon("tokenizer", "plays", "To be", "--json").json()
+    with open_dataset("plays") as dataset:
+        assert found["ids"] == dataset.tokenizer.encode("To be") and found["pieces"] == list("To be")
+        assert found["size"] == dataset.tokenizer.size
+    of_run, bare = silicon("tokenizer", "whole", "--json"), silicon("tokenizer", "--json")
+    assert of_run.json() == bare.json() | {"kind": "tokenizer.json"}
+    assert "validation text of plays" in silicon("tokenizer", "whole").out
 
 
 def test_runs(silicon: Silicon, trained: Trained) -> None:
@@ -394,7 +425,8 @@ def test_eval_has_the_loss_over_the_whole_split(silicon: Silicon, trained: Train
     with open_dataset("plays") as dataset:
         model, _ = read_model(trained.checkpoints("whole")[0])
         device = open_device(engine.configs.resolve().machine)
-        expected = result_of(evaluate(model, dataset, device, 16, 8))
+        windows = validation(dataset, model.config.context, engine.configs.DataConfig())
+        expected = result_of(evaluate(model, dataset, windows, device, 16, 8))
         assert record["tokens"] == dataset.val.count - 1 and record["complete"] is True
     assert record["val_loss"] == pytest.approx(expected.val_loss, abs=1e-5)
     assert record["val_bpb"] == pytest.approx(expected.val_bpb, abs=1e-5)

@@ -296,7 +296,7 @@ def test_a_probe_that_fails_is_not_called_a_lack_of_memory(
     silicon: Silicon, own: Trained, children: Any, one_or_two: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     children("raise SystemExit('no such kernel')")
-    monkeypatch.setattr("siliconlm.engine.searching", choose.searching)
+    monkeypatch.setattr("siliconlm.engine.measuring.searching", choose.searching)
     done = silicon("probe-batch", "--data", "plays", *one_or_two, "--json")
     told = json.loads(done.out.splitlines()[-1])
     assert done.code == 1 and told["kind"] == "training_failed" and "no such kernel" in told["error"]
@@ -305,7 +305,7 @@ def test_a_probe_that_fails_is_not_called_a_lack_of_memory(
 def test_compiling_without_a_compiler_is_refused_before_a_run_is_made(
     silicon: Silicon, own: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("siliconlm.engine.lacks_compiler", lambda device: True)
+    monkeypatch.setattr("siliconlm.engine.setup.lacks_compiler", lambda device: True)
     words = ["--data", "plays", "--preset", str(own.preset), "--profile", "none", "--steps", "1", "--name", "never"]
     done = silicon("train", *words, "--set", "machine.compile=true")
     assert done.code == 1 and "needs a C++ compiler" in done.err and "--set" in done.err

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siliconlm.data.batches import IGNORED, Batches, evaluation_windows, permuted
+from siliconlm.data.batches import IGNORED, Batch, Batches, evaluation_windows, permuted
 from siliconlm.data.shards import Shard, ShardWriter
 from siliconlm.errors import SiliconError
 
@@ -65,10 +66,16 @@ def test_the_order_looks_random() -> None:
     assert abs(np.corrcoef(np.arange(n), orders.mean(axis=0))[0, 1]) < 0.5
 
 
+def whole(batch: Batch) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The sequences [N, T + 1] that inputs and targets were cut from."""
+    assert np.array_equal(batch.inputs[:, 1:], batch.targets[:, :-1]) and batch.documents is None
+    return np.concatenate([batch.inputs, batch.targets[:, -1:]], axis=1)
+
+
 def test_an_epoch_visits_every_window_once(shard_of: Opener) -> None:
     batches = Batches(shard_of(1003), 10, seed=5)
     for epoch in range(20):
-        taken = batches.take(epoch * batches.windows, batches.windows)
+        taken = whole(batches.take(epoch * batches.windows, batches.windows))
         assert taken.shape == (batches.windows, 11) and taken.dtype == np.int64
         starts = np.sort(taken[:, 0])
         assert np.array_equal(np.diff(starts), np.full(batches.windows - 1, 10))
@@ -79,7 +86,7 @@ def test_an_epoch_visits_every_window_once(shard_of: Opener) -> None:
 
 def test_the_borders_move(shard_of: Opener) -> None:
     batches = Batches(shard_of(1003), 10, seed=5)
-    first = [int(batches.take(epoch * batches.windows, batches.windows).min()) for epoch in range(200)]
+    first = [int(batches.take(epoch * batches.windows, batches.windows).inputs.min()) for epoch in range(200)]
     assert {start % 10 for start in first} == set(range(10))
 
 
@@ -87,20 +94,20 @@ def test_the_borders_move(shard_of: Opener) -> None:
 @given(st.integers(12, 300), st.integers(0, 10_000), st.lists(st.integers(0, 40), max_size=6), st.integers())
 def test_no_splitting_into_calls_shows(shard_of: Opener, n: int, cursor: int, sizes: list[int], seed: int) -> None:
     batches = Batches(shard_of(n), 10, seed)
-    whole = batches.take(cursor, sum(sizes))
-    parts = [batches.take(cursor + sum(sizes[:index]), size) for index, size in enumerate(sizes)]
-    assert np.array_equal(whole, np.concatenate([np.empty((0, 11), dtype=np.int64), *parts]))
+    straight = whole(batches.take(cursor, sum(sizes)))
+    parts = [whole(batches.take(cursor + sum(sizes[:index]), size)) for index, size in enumerate(sizes)]
+    assert np.array_equal(straight, np.concatenate([np.empty((0, 11), dtype=np.int64), *parts]))
 
 
 def test_seeds_differ(shard_of: Opener) -> None:
-    first, second = (Batches(shard_of(1003), 10, seed).take(0, 50) for seed in (1, 2))
+    first, second = (whole(Batches(shard_of(1003), 10, seed).take(0, 50)) for seed in (1, 2))
     assert not np.array_equal(first, second)
 
 
 def test_a_shard_of_one_window(shard_of: Opener) -> None:
     batches = Batches(shard_of(11), 10, 1)
     assert batches.windows == 1
-    assert np.array_equal(batches.take(7, 3), np.tile(np.arange(11), (3, 1)))
+    assert np.array_equal(whole(batches.take(7, 3)), np.tile(np.arange(11), (3, 1)))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +129,8 @@ def test_a_context_that_is_too_long_says_what_fits(shard_of: Opener, count: int,
 def test_every_token_but_the_first_is_scored_once(shard_of: Opener, n: int, context: int, batch: int) -> None:
     found: Counter[int] = Counter()
     shapes = set()
-    for inputs, targets in evaluation_windows(shard_of(n), context, batch):
+    for part in evaluation_windows(shard_of(n), context, batch):
+        inputs, targets = part.inputs, part.targets
         shapes.add((inputs.shape, targets.shape))
         scored = targets != IGNORED
         assert np.array_equal(inputs[scored] + 1, targets[scored])  # each is predicted from the token before it
@@ -136,8 +144,8 @@ def test_a_limit_is_spread_over_the_shard(shard_of: Opener) -> None:
         found = evaluation_windows(shard_of(1001), 10, 4, limit)
         return [
             int(row[0])
-            for inputs, targets in found
-            for row, scored in zip(inputs, targets, strict=True)
+            for part in found
+            for row, scored in zip(part.inputs, part.targets, strict=True)
             if scored[0] > 0
         ]
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers
+from pyarrow import parquet
 
 from siliconlm.data import prepare as module
 from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
@@ -61,7 +63,7 @@ def test_the_text_comes_back_from_the_tokens(verse: str, home: Path, kind: str) 
         assert split_text(dataset, "train") == text[:n_train]
         assert split_text(dataset, "val") == text[n_train:]
         assert dataset.train.read(0, 1)[0] == dataset.val.read(0, 1)[0] == dataset.tokenizer.eos
-        assert dataset.val_bytes == len(text[n_train:].encode())
+        assert dataset.val_bytes_per_token == len(text[n_train:].encode()) / (dataset.val.count - 1)
         assert dataset.card == done.card == json.loads((home / "data" / "mine" / "dataset.json").read_text())
         dataset.verify()
     assert sorted(os.listdir(home / "data" / "mine")) == ["dataset.json", "tokenizer.json", "train.bin", "val.bin"]
@@ -95,7 +97,7 @@ def test_tiny_shakespeare_has_the_known_numbers() -> None:
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs tiny Shakespeare beside the repository")
 def test_streaming_gives_the_tokens_of_the_whole_text(home: Path) -> None:
-    made([str(REAL)], "tiny", "bpe", vocab_size=1000)
+    made([str(REAL)], "tiny", "bpe", vocab_size=1024)
     plain = tokenizers.Tokenizer.from_file(str(home / "data" / "tiny" / "tokenizer.json"))
     with open_dataset("tiny") as dataset:
         expected = plain.encode(REAL.read_text()[:1_003_854]).ids
@@ -124,6 +126,73 @@ def test_documents_begin_with_the_end_of_text_and_the_split_may_cut_one() -> Non
         assert dataset.train.read(0, dataset.train.count).tolist() == train
         assert dataset.val.read(0, dataset.val.count).tolist() == val
         assert [dataset.card["splits"][split]["documents"] for split in ("train", "val")] == [3, 2]
+
+
+KINDS_OF_FILE = ["texts.jsonl", "texts.json", "texts.parquet"]
+
+
+def write_texts(name: str, texts: list[str], field: str = "text") -> None:
+    records = [{field: text, "id": number} for number, text in enumerate(texts)]
+    if name.endswith(".parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist(records), name)
+    else:
+        Path(name).write_text("\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records))
+
+
+@pytest.mark.parametrize("name", KINDS_OF_FILE)
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_each_record_is_a_document(name: str, kind: str) -> None:
+    texts = [f"{number}: {VERSE[: number % 90]}" for number in range(300)]
+    write_texts(name, [*texts[:7], "", " \n", *texts[7:]])
+    events = list(prepare([name], "docs", kind, 300, val_fraction=0.25))
+    assert any(isinstance(event, Notice) and "left out 2 records without text" in event.message for event in events)
+    whole = "".join(texts)
+    n_train = len(whole) * 3 // 4
+    with open_dataset("docs") as dataset:
+        encode, eos = dataset.tokenizer.encode, dataset.tokenizer.eos
+        at, train, val = 0, [], []
+        for text in texts:
+            head, tail = text[: max(0, n_train - at)], text[max(0, n_train - at) :]
+            train += [eos, *encode(head)] if head else []
+            val += [eos, *encode(tail)] if tail else []
+            at += len(text)
+        assert dataset.train.read(0, dataset.train.count).tolist() == train
+        assert dataset.val.read(0, dataset.val.count).tolist() == val
+        splits = dataset.card["splits"]
+        assert splits["train"]["documents"] == train.count(eos) and splits["val"]["documents"] == val.count(eos)
+        assert splits["train"]["characters"] == n_train and splits["val"]["characters"] == len(whole) - n_train
+        assert splits["val"]["bytes"] == len(whole[n_train:].encode())
+    [entry] = dataset.card["sources"][0]["files"]
+    data = Path(name).read_bytes()
+    assert entry == {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_another_field_makes_another_dataset() -> None:
+    records = [{"text": VERSE, "body": VERSE[::-1]} for _ in range(9)]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    made(["a.jsonl"], "mine")
+    with pytest.raises(SiliconError, match="made with another field"):
+        made(["a.jsonl"], "mine", field="body")
+    made(["a.jsonl"], "mine", field="body", force=True)
+    assert "--field body" in remake_command(module.data_folder() / "mine")
+    with open_dataset("mine") as dataset:
+        assert split_text(dataset, "train").startswith(VERSE[::-1])
+
+
+def test_the_same_bytes_as_text_and_as_records_are_two_datasets() -> None:
+    Path("a.jsonl").write_text((json.dumps({"text": VERSE}) + "\n") * 9)
+    Path("a.txt").write_bytes(Path("a.jsonl").read_bytes())
+    made(["a.jsonl"], "mine")
+    with pytest.raises(SiliconError, match="made from other text"):
+        made(["a.txt"], "mine")
+    assert made(["a.jsonl"], "mine").reused
+
+
+def test_a_bad_record_leaves_nothing(home: Path) -> None:
+    Path("a.jsonl").write_text(json.dumps({"text": VERSE * 9}) + "\n{")
+    with pytest.raises(SiliconError, match="not JSON") as caught:
+        made(["a.jsonl"], "mine")
+    assert caught.value.where == "a.jsonl line 2" and os.listdir(home / "data") == []
 
 
 def test_a_split_between_documents_leaves_no_empty_one() -> None:
@@ -208,8 +277,18 @@ def test_a_given_tokenizer_that_changes_the_text_is_told(verse: str, tmp_path: P
 
 
 def test_a_vocabulary_that_stays_small_is_told(verse: str) -> None:
-    notices = [event.message for event in prepare([verse], "mine", "bpe", 5000) if isinstance(event, Notice)]
-    assert len(notices) == 1 and "not 5,000" in notices[0]
+    notices = [event.message for event in prepare([verse], "mine", "bpe", 5056) if isinstance(event, Notice)]
+    assert len(notices) == 1 and "not 5,056" in notices[0]
+
+
+def test_a_vocabulary_is_a_multiple_of_64() -> None:
+    Path("a.txt").write_text("".join(piece.text for piece in builtin_pieces()[:2000]))
+    events = list(prepare(["a.txt"], "mine", "bpe", 290))
+    [notice] = [event.message for event in events if isinstance(event, Notice)]
+    assert notice == "--vocab-size 290 was rounded up to 320, a multiple of 64"
+    with open_dataset("mine") as dataset:
+        assert dataset.tokenizer.size == 320 and dataset.card["recipe"]["vocab_size"] == 320
+    assert made(["a.txt"], "mine", "bpe", 320).reused
 
 
 def test_a_long_text_is_learned_from_in_part(verse: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,10 +396,16 @@ def test_a_full_disk_leaves_the_old_dataset(verse: str, home: Path, monkeypatch:
         dataset.verify()
 
 
-def test_a_file_that_changes_in_between_is_noticed(verse: str, home: Path) -> None:
-    steps = prepare([verse], "mine")
+@pytest.mark.parametrize("change", ["shorter", "longer", "other"])
+@pytest.mark.parametrize("name", ["verse.txt", "verse.jsonl"])
+def test_a_file_that_changes_while_it_is_read_is_noticed(home: Path, name: str, change: str) -> None:
+    text = (VERSE * 50).strip() if name.endswith("txt") else (json.dumps({"text": VERSE}) + "\n") * 50
+    Path(name).write_text(text)
+    steps = prepare([name], "mine")
     next(steps)
-    Path(verse).write_text(VERSE)
+    beside = Path("beside")
+    beside.write_text({"shorter": text[: len(text) // 5 * 4], "longer": text * 2, "other": text}[change])
+    beside.replace(name)
     with pytest.raises(SiliconError, match="changed while it was read"):
         list(steps)
     assert not list(home.rglob("*.bin"))
@@ -380,7 +465,7 @@ def test_a_damaged_dataset_is_named(verse: str, home: Path, case: str) -> None:
     [
         ({}, ["--tokenizer", "byte"]),
         ({"tokenizer": "char", "val_fraction": 0.25}, ["--tokenizer", "char", "--val-fraction", "0.25"]),
-        ({"tokenizer": "bpe", "vocab_size": 300}, ["--tokenizer", "bpe", "--vocab-size", "300"]),
+        ({"tokenizer": "bpe", "vocab_size": 300}, ["--tokenizer", "bpe", "--vocab-size", "320"]),
     ],
 )
 def test_the_advice_on_damage_is_the_command_that_made_it(
@@ -460,3 +545,58 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, kind: str) -> None:
     assert large.stat().st_size > 25 * small.stat().st_size
     grown = peak_memory(large, kind, tmp_path / "l") - peak_memory(small, kind, tmp_path / "s")
     assert grown < 150 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["large.jsonl", "large.json", "large.parquet"])
+def test_a_gigabyte_of_records_takes_less_memory_than_that(tmp_path: Path, name: str) -> None:
+    texts = [VERSE * (number % 30) + str(number) for number in range(5000)]
+    path, records = tmp_path / name, [json.dumps({"text": text}).encode() for text in texts]
+    if name.endswith(".parquet"):
+        table = pyarrow.table({"text": texts})
+        with parquet.ParquetWriter(path, table.schema, compression="none", use_dictionary=False) as writer:
+            while path.stat().st_size < 1 << 30:
+                writer.write_table(table)
+    else:
+        separator, ends = (b"\n", (b"", b"")) if name.endswith("l") else (b",", (b"[", b"]"))
+        block = separator.join(records)
+        with path.open("wb") as file:
+            file.write(ends[0] + block)
+            while file.tell() < 1 << 30:
+                file.write(separator + block)
+            file.write(ends[1])
+    assert peak_memory(path, "byte", tmp_path / "home") < 1 << 30
+    path.unlink()
+
+
+KILLED = """
+import sys
+from siliconlm.data.prepare import prepare
+for event in prepare(sys.argv[2:], "mine"):
+    if getattr(event, "what", "").startswith(sys.argv[1]):
+        print("there", flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", [*KINDS_OF_FILE, "tokens"])
+def test_a_killed_prepare_can_be_run_again(home: Path, name: str) -> None:
+    texts = [VERSE[number % 9 :] for number in range(200)]
+    if name == "tokens":
+        Path(name).mkdir()
+        for split in ("train", "val"):
+            np.arange(90, dtype="<u2").tofile(f"tokens/{split}.bin")
+        Path("tokens/tokenizer.json").write_text(byte_tokenizer().json())
+    else:
+        write_texts(name, texts)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED, "copying" if name == "tokens" else "encoding", name]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdout.readline() == b"there\n"
+        child.kill()
+    assert datasets() == [] and len(os.listdir(home / "data")) == 2, "the stage and the lock"
+    made([name], "mine")
+    assert os.listdir(home / "data") == ["mine"]
+    with open_dataset("mine") as dataset:
+        dataset.verify()

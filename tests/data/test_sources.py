@@ -7,12 +7,14 @@ import hashlib
 import http.server
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from siliconlm.data import sources
 from siliconlm.data.sources import Source, open_sources
@@ -32,8 +34,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def opened(*words: str) -> tuple[list[Source], list[Event]]:
+    return run(open_sources(list(words)))
+
+
+def run(steps: Generator[Event, None, list[Source]]) -> tuple[list[Source], list[Event]]:
     events: list[Event] = []
-    steps = open_sources(list(words))
     while True:
         try:
             events.append(next(steps))
@@ -80,7 +85,7 @@ def test_a_document_reads_twice_and_in_small_pieces(tmp_path: Path) -> None:
     assert "".join(document.pieces()) == "".join(document.pieces(7)) == text
     assert all(len(piece) <= 100 for piece in document.pieces(100))
     digest = hashlib.sha256()
-    list(document.pieces(watch=digest.update))
+    list(document.parts(watch=digest.update))
     assert digest.hexdigest() == hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -211,6 +216,53 @@ def test_the_built_in_corpus_is_one_document() -> None:
     [source], events = opened("builtin")
     assert source.builtin and len(source.documents) == 1 and events == []
     assert len(texts([source])[0]) >= sources.BUILTIN_SIZE * 0.9
+
+
+# --- files of records -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_mixed_kinds_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one")
+    (tmp_path / "texts" / "b.jsonl").write_text('{"text": "two"}\n\n{"text": "three"}')
+    (tmp_path / "texts" / "c.json").write_text('["four"]')
+    parquet.write_table(pyarrow.table({"text": ["five", "six"]}), tmp_path / "texts" / "d.PARQUET")
+    (tmp_path / "texts" / "e.ndjson").write_text('\ufeff""')
+    [source], events = opened("texts")
+    parts = [list(document.parts()) for document in source.documents]
+    assert parts == [
+        [(True, "one")],
+        [(True, "two"), (True, "three")],
+        [(True, "four")],
+        [(True, "five"), (True, "six")],
+    ]
+    messages = [event.message for event in events if isinstance(event, Notice)]
+    assert "1 file without text" in messages[0] and "byte order mark" in messages[1] and len(messages) == 2
+
+
+def test_a_field_that_nothing_has_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"body": "two"}')
+    assert texts(field_opened("a.txt", "b.jsonl")[0]) == ["one", "two"]
+    [notice] = field_opened("a.txt")[1]
+    assert isinstance(notice, Notice) and notice.level == "warning" and "--field body was not used" in notice.message
+
+
+def field_opened(*words: str) -> tuple[list[Source], list[Event]]:
+    return run(open_sources(list(words), "body"))
+
+
+@pytest.mark.parametrize("data", [b"", b" \n", b"[]", b'{"text": null}', b'[{"text": " "}]'])
+def test_records_without_text(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    assert refused("a.json").what == ("the file holds no text in its records" if data else "the file is empty")
+
+
+def test_bytes_that_are_no_text_are_refused_before_they_are_parsed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\0')
+    assert "a NUL byte at offset 14" in refused("a.jsonl").what
+    (tmp_path / "a.json").write_bytes('["one"]'.encode("utf-16"))
+    assert "UTF-16" in refused("a.json").what
 
 
 # --- tiny Shakespeare, from a server of our own ----------------------------------------------------------------------

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -74,7 +73,13 @@ def test_byte_and_bpe_lose_nothing(text: str) -> None:
     for made in (byte_tokenizer(), BPE):
         ids = made.encode(text)
         assert made.decode(ids) == text and made.missing(text) == []
-        assert np.array_equal(made.encode_arrays([text])[0], np.array(ids, dtype=np.int64))
+
+
+@given(st.lists(st.tuples(st.booleans(), TEXT), min_size=1))
+def test_the_end_of_text_stands_before_each_text(parts: list[tuple[bool, str]]) -> None:
+    for made in (byte_tokenizer(), BPE):
+        expected = [id for begins, text in parts for id in [made.eos] * begins + made.encode(text)]
+        assert made.encode_parts(parts).tolist() == expected
 
 
 @given(st.text(st.sampled_from(sorted(set(VERSE + ACCENTS)))))
@@ -124,10 +129,17 @@ def words(text: str) -> list[str]:
     return [word for word, _ in BPE.inner.pre_tokenizer.pre_tokenize_str(text)]
 
 
+def cut(pieces: list[str], size: int, longest: int) -> list[str]:
+    """The chunks of one text that comes in pieces."""
+    found = list(chunks([(number == 0, piece) for number, piece in enumerate(pieces)], size, longest))
+    assert [begins for begins, _ in found] == [number == 0 for number in range(len(found))]
+    return [chunk for _, chunk in found]
+
+
 @settings(max_examples=300)
 @given(TEXT, st.integers(1, 8))
 def test_cut_text_has_the_tokens_of_the_whole(text: str, size: int) -> None:
-    parts = list(chunks([text], size, longest=10**6))
+    parts = cut([text], size, 10**6)
     assert "".join(parts) == text
     assert [word for part in parts for word in words(part)] == words(text)
     assert [id for ids in BPE.encode_batch(parts) for id in ids] == BPE.encode(text)
@@ -135,18 +147,24 @@ def test_cut_text_has_the_tokens_of_the_whole(text: str, size: int) -> None:
 
 @given(TEXT, st.integers(1, 40), st.integers(1, 40), st.lists(st.integers(0, 30)))
 def test_cuts_do_not_depend_on_the_pieces(text: str, size: int, extra: int, cuts: list[int]) -> None:
-    whole = list(chunks([text], size, size + extra))
+    whole = cut([text], size, size + extra)
     borders = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     pieces = [text[a:b] for a, b in pairwise(borders)]
-    assert list(chunks(pieces, size, size + extra)) == whole
+    assert cut(pieces, size, size + extra) == whole
     assert all(len(part) <= size + extra for part in whole)
+
+
+@given(st.lists(TEXT), st.integers(1, 40), st.integers(1, 40))
+def test_no_chunk_holds_two_texts(texts: list[str], size: int, extra: int) -> None:
+    expected = [(number == 0, chunk) for text in texts for number, chunk in enumerate(cut([text], size, size + extra))]
+    assert list(chunks([(True, text) for text in texts], size, size + extra)) == expected
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs tiny Shakespeare beside the repository")
 def test_real_text() -> None:
     text = REAL.read_text()
     assert char_tokenizer(text).size == 65 + 3
-    parts = list(chunks([text], 1000))
+    parts = cut([text], 1000, 1 << 18)
     assert len(parts) > 1000 and [id for ids in BPE.encode_batch(parts) for id in ids] == BPE.encode(text)
 
 

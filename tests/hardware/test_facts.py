@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from siliconlm.hardware.facts import (
     cgroups,
     container_memory,
     gather,
+    in_words,
     is_writable,
     nearest_existing,
     parse_cgroup,
@@ -303,6 +305,21 @@ def test_gather_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.thermal, found.wired_limit_mb) == ("nominal", 0)
     assert (found.memory_pressure_level, found.memory_free_percent) == (1, 80)
     assert found.environment["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] == "0.8"
+
+
+def test_a_mac_in_words_by_quick_questions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_mac(monkeypatch, "arm64", M3_PRO)
+    answers, asked = facts.ask, []
+    monkeypatch.setattr(facts, "ask", lambda *command: asked.append(command[0]) or answers(*command))
+    monkeypatch.setattr(facts, "usable_cores", lambda: 11)
+    words = in_words("Apple M3 Pro", "2.13.0")
+    assert re.fullmatch(r"Apple M3 Pro, 11 cores \(5\+6\), \d+ GiB, macOS 26\.5; Python [\d.]+, torch 2\.13\.0", words)
+    assert set(asked) <= {"sysctl", "sw_vers", "vm_stat"} and len(asked) <= 8
+
+
+def test_a_graphics_card_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "chip", lambda mac: "Threadripper")
+    assert in_words("NVIDIA H200", "2.13.0").startswith("NVIDIA H200 with Threadripper, ")
 
 
 def test_gather_under_rosetta(monkeypatch: pytest.MonkeyPatch) -> None:

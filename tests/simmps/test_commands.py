@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +141,23 @@ def test_eval_is_the_same_on_gpu_and_cpu(used: list[tuple[Any, Any]], straight: 
     assert on_gpu["val_loss"] == pytest.approx(on_cpu["val_loss"], abs=1e-4)
     assert on_gpu["val_bpb"] == pytest.approx(on_cpu["val_bpb"], abs=1e-4)
     assert on_gpu["val_loss"] == pytest.approx(straight.events("finished")[0]["val_loss"], abs=1e-4)
+
+
+def test_a_model_is_taught_to_talk_there_and_answers_as_on_the_cpu(mac: Any, straight: Any, tmp_path: Path) -> None:
+    """The run `straight` knows the plays' characters alone, so its lesson is of letters."""
+    ask, answer = "Who goes there?", "A friend."
+    lines = [{"prompt": ask, "completion": answer}] * 12
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("finetune", "straight", "--data", str(tmp_path / "talks.jsonl"), "--name", "talker", "--profile", "none")
+    rates = {"train__steps": 60, "optim__lr": 0.02, "optim__matrix_lr": 0.05, "train__eval_every": 1000}
+    sets = [word for name, value in rates.items() for word in ("--set", f"{name.replace('__', '.')}={value}")]
+    context = ("--set", "model.context=64")
+    tuned = mac.silicon(*words, *sets, *context, "--device", "mps", "--json").ended()
+    losses = [event["val_loss"] for event in tuned.events("evaluated")]
+    assert losses[-1] < 0.5 * losses[0]
+    talk = ("chat", "talker", "--prompt", ask, "--temperature", "0", "--json")
+    gpu, cpu = (mac.silicon(*talk, "--device", device).ended().json() for device in ("mps", "cpu"))
+    assert gpu["answer"] == cpu["answer"] == answer
 
 
 def test_what_apple_gpus_lack_is_lacking(mac: Any, parts: dict[str, Any]) -> None:

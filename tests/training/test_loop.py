@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch.amp.grad_scaler import GradScaler
 
 from siliconlm import engine
-from siliconlm.config import Layer, RunConfig, flatten, resolve
-from siliconlm.data.batches import Batches
+from siliconlm.config import DataConfig, Layer, RunConfig, flatten, resolve
+from siliconlm.data.batches import IGNORED, Batch, Batches
+from siliconlm.data.packing import Windows, validation
 from siliconlm.data.prepare import Dataset, open_dataset, prepare
 from siliconlm.errors import SiliconError
 from siliconlm.events import Evaluated, Event, Finished, Notice, Progress, Saved, Step
@@ -40,6 +41,13 @@ def go_on(_: TrainState) -> None:
     return None
 
 
+def windows(dataset: Dataset) -> Windows:
+    """The validation split as the runs here see it."""
+    found = validation(dataset, 16, DataConfig())
+    assert isinstance(found, Windows)
+    return found
+
+
 class Run:
     """A run in this process: a folder, a state, and the events of training it."""
 
@@ -54,14 +62,15 @@ class Run:
     def save(self) -> Saved:
         return self.state.save(self.folder, self.dataset.tokenizer, self.dataset.fingerprint)
 
-    def train(self, stop: Stop = go_on, watch: Watch | None = None) -> Run:
+    def train(self, stop: Stop = go_on, watch: Watch | None = None, kept_back: float = 0.0) -> Run:
         place = self.folder.name, str(self.folder.path)
         watch = watch or Watch("continue", Reading)
 
         def asked() -> str | None:
             return stop(self.state)
 
-        for event in fit(self.state, self.batches, self.dataset, self.budget, place, self.save, asked, watch):
+        data = (self.batches, self.dataset, windows(self.dataset))
+        for event in fit(self.state, *data, self.budget, place, self.save, asked, watch, kept_back):
             self.events.append(event)
         return self
 
@@ -98,15 +107,17 @@ def test_the_split_into_micro_batches_is_only_rounding(
 
 
 @pytest.mark.parametrize("micro", [1, 2, 8])
-def test_gradients_are_those_of_the_mean_over_all_tokens(
+def test_gradients_are_those_of_the_mean_over_all_learned_tokens(
     config: Config, device: Device, dataset: Dataset, micro: int
 ) -> None:
     state = TrainState.new(config(machine__micro_batch=micro), device)
     twin = TrainState.new(config(), device).model
     sequences = Batches(dataset.train, 16, 1).take(0, 8)
-    loss = accumulate(state, sequences)
-    tokens = torch.from_numpy(sequences)
-    expected = F.cross_entropy(twin(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    targets = sequences.targets.copy()
+    targets[np.random.default_rng(1).random(targets.shape) < 0.6] = IGNORED  # unequally many in each micro-batch
+    loss = accumulate(state, Batch(sequences.inputs, targets))
+    logits = twin(torch.from_numpy(sequences.inputs.copy())).flatten(0, 1)
+    expected = F.cross_entropy(logits, torch.from_numpy(targets).flatten())
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), atol=1e-6, rtol=1e-6)
     for (name, weight), other in zip(state.model.named_parameters(), twin.parameters(), strict=True):
@@ -153,7 +164,10 @@ def test_dropout_depends_on_seed_step_and_micro_step_alone(config: Config, devic
 def test_micro_steps_do_not_share_their_dropout(config: Config, device: Device, dataset: Dataset) -> None:
     state = TrainState.new(config(model__dropout=0.5, machine__micro_batch=1), device)
     sequence = Batches(dataset.train, 16, 1).take(0, 1)
-    once, twice = (float(accumulate(state, np.repeat(sequence, n, 0))) for n in (1, 2))
+    once, twice = (
+        float(accumulate(state, Batch(np.repeat(sequence.inputs, n, 0), np.repeat(sequence.targets, n, 0))))
+        for n in (1, 2)
+    )
     assert once != twice
 
 
@@ -185,7 +199,7 @@ def by_hand(state: TrainState, dataset: Dataset) -> tuple[float, float]:
 
 def test_evaluation_of_the_whole_split_is_a_plain_sum(config: Config, device: Device, dataset: Dataset) -> None:
     state = trained(config(model__dropout=0.2), device, dataset)
-    result = result_of(evaluate(state.model, dataset, device, 7, 4))
+    result = result_of(evaluate(state.model, dataset, windows(dataset), device, 7, 4))
     nats, _ = by_hand(state, dataset)
     assert result.complete and result.tokens == dataset.val.count - 1 and result.step == 4
     assert result.val_loss == pytest.approx(nats / (dataset.val.count - 1), abs=1e-6)
@@ -195,7 +209,7 @@ def test_evaluation_of_the_whole_split_is_a_plain_sum(config: Config, device: De
 def test_bits_per_byte_are_nats_of_a_byte_tokenizer_in_other_units(
     config: Config, device: Device, dataset: Dataset
 ) -> None:
-    result = result_of(evaluate(trained(config(), device, dataset).model, dataset, device, 4, 0))
+    result = result_of(evaluate(trained(config(), device, dataset).model, dataset, windows(dataset), device, 4, 0))
     assert result.val_bpb == pytest.approx(result.val_loss / math.log(2), rel=1e-12)
 
 
@@ -207,7 +221,7 @@ def test_bits_per_byte_leave_out_the_ends_of_documents(config: Config, device: D
     list(prepare([str(tmp_path / "many")], "many", "bpe", vocab_size=300))
     with open_dataset("many") as many:
         state = trained(config(), device, many)
-        result = result_of(evaluate(state.model, many, device, 4, 0))
+        result = result_of(evaluate(state.model, many, windows(many), device, 4, 0))
         nats, text_nats = by_hand(state, many)
         tokens = many.val.read(0, many.val.count).tolist()
         text = many.tokenizer.decode(tokens)
@@ -219,7 +233,8 @@ def test_bits_per_byte_leave_out_the_ends_of_documents(config: Config, device: D
 def test_evaluation_does_not_depend_on_the_batch(config: Config, device: Device, dataset: Dataset) -> None:
     state = trained(config(), device, dataset)
     for limit in (None, 5):
-        results = [result_of(evaluate(state.model, dataset, device, batch, 0, limit)) for batch in (1, 3, 5, 64)]
+        parts = (state.model, dataset, windows(dataset), device)
+        results = [result_of(evaluate(*parts, batch, 0, limit)) for batch in (1, 3, 5, 64)]
         assert len({result.tokens for result in results}) == 1
         assert [result.val_loss for result in results] == pytest.approx([results[0].val_loss] * 4, abs=1e-6)
         assert [result.val_bpb for result in results] == pytest.approx([results[0].val_bpb] * 4, abs=1e-6)
@@ -229,17 +244,17 @@ def test_a_limited_evaluation_says_so_and_is_the_same_each_time(
     config: Config, device: Device, dataset: Dataset
 ) -> None:
     state = trained(config(), device, dataset)
-    first, second = (result_of(evaluate(state.model, dataset, device, 4, 0, 5)) for _ in range(2))
+    first, second = (result_of(evaluate(state.model, dataset, windows(dataset), device, 4, 0, 5)) for _ in range(2))
     assert not first.complete and first.tokens <= 5 * 16
     assert (first.val_loss, first.tokens) == (second.val_loss, second.tokens)
-    beyond = result_of(evaluate(state.model, dataset, device, 4, 0, 10**6))
+    beyond = result_of(evaluate(state.model, dataset, windows(dataset), device, 4, 0, 10**6))
     assert beyond.complete
 
 
 def test_evaluation_draws_no_random_numbers(config: Config, device: Device, dataset: Dataset) -> None:
     state = trained(config(model__dropout=0.3), device, dataset)
     generators = (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))
-    result_of(evaluate(state.model, dataset, device, 4, 0))
+    result_of(evaluate(state.model, dataset, windows(dataset), device, 4, 0))
     assert torch.equal(torch.get_rng_state(), generators[0])
     assert (random.getstate(), str(np.random.get_state())) == generators[1:]
 
@@ -299,6 +314,12 @@ def test_what_is_due_at_a_step_is_done_before_a_stop(config: Config, device: Dev
 
 def test_a_token_budget_is_rounded_up_to_whole_steps(config: Config, device: Device, dataset: Dataset) -> None:
     assert len(Run(config(train__tokens=129), device, dataset).train().of(Step)) == 2
+
+
+def test_seconds_kept_back_are_not_trained_in(config: Config, device: Device, dataset: Dataset) -> None:
+    run = Run(config(train__time="1000s"), device, dataset).train(kept_back=999.9)
+    [end] = run.of(Finished)
+    assert end.reason == "done" and end.seconds < 1000
 
 
 @pytest.mark.parametrize("save_every", [0, 1])
@@ -367,7 +388,7 @@ def test_a_pause_on_battery_changes_nothing_but_a_save(config: Config, device: D
     assert [event.step for event in straight.of(Saved)] == [12]
     assert [event.step for event in paused.of(Saved)] == [3, 12]
     assert paused.folder.at_step(3).manifest["val_loss"] == paused.of(Evaluated)[0].val_loss
-    first, second = paused.of(Notice)
+    first, second = (notice for notice in paused.of(Notice) if not notice.message.startswith("slow"))
     assert "paused at step 3" in first.message and "going on" in second.message
     assert paused.events.index(paused.of(Saved)[0]) < paused.events.index(first)
     assert straight.events[-1].seconds == paused.events[-1].seconds == 60 * 12, "waiting is not time used"
@@ -499,9 +520,9 @@ def test_the_saved_model_is_the_average_of_the_weights(config: Config, device: D
 def test_the_average_is_what_is_evaluated(config: Config, device: Device, dataset: Dataset) -> None:
     run = Run(config(train__ema=0.9), device, dataset).train()
     model, _ = read_model(run.folder.at_step(12).path)
-    again = result_of(evaluate(model, dataset, device, 4, 12))
+    again = result_of(evaluate(model, dataset, windows(dataset), device, 4, 12))
     assert run.of(Evaluated)[-1].val_loss == pytest.approx(again.val_loss, abs=1e-9)
-    raw = result_of(evaluate(run.state.model, dataset, device, 4, 12))
+    raw = result_of(evaluate(run.state.model, dataset, windows(dataset), device, 4, 12))
     assert abs(raw.val_loss - again.val_loss) > 1e-3
 
 

@@ -247,6 +247,7 @@ FRESH = """
 import sys
 import numpy as np
 from siliconlm.config import Layer, resolve
+from siliconlm.data.batches import Batch
 from siliconlm.hardware.device import open_device
 from siliconlm.training.loop import accumulate, update
 from siliconlm.training.state import TrainState
@@ -254,7 +255,7 @@ words = dict(word.split("=") for word in sys.argv[1:])
 config = resolve(Layer("words", words))
 state = TrainState.new(config, open_device(config.machine))
 for step in range(2):
-    accumulate(state, np.full((2, config.model.context + 1), step))
+    accumulate(state, Batch.of(np.full((2, config.model.context + 1), step)))
     update(state, 1.0)
 print("torch._dynamo" in sys.modules)
 """
