@@ -33,7 +33,7 @@ from siliconlm.hardware.device import (
     Device,
 )
 from siliconlm.inference.answers import answers
-from siliconlm.inference.batch import Batch, row_bytes
+from siliconlm.inference.batch import BatchGenerator, row_bytes
 from siliconlm.inference.conversation import Talk
 from siliconlm.inference.harness import measure
 from siliconlm.inference.session import check_prompt, generate
@@ -136,14 +136,14 @@ def talk(
 ROWS = 8  # texts made at once
 
 
-def open_batch(name: str | None, device: str | None = None) -> Generator[Event, None, tuple[Opened, Batch]]:
+def open_batch(name: str | None, device: str | None = None) -> Generator[Event, None, tuple[Opened, BatchGenerator]]:
     """A model, and memory for as many texts at once as half of what is free holds."""
     opened = yield from open_model(name)
     place = yield from open_sound(machine_of(device), "cached_decoding", *features_of(opened.model.config))
     with telling_out_of_memory(NO_ROOM):
         model = opened.model.to(place.torch_device)
         room = place.memory_budget() // (2 * row_bytes(model.config, place.dtype))
-        return opened, Batch(model, place, max(1, min(ROWS, room)))
+        return opened, BatchGenerator(model, place, max(1, min(ROWS, room)))
 
 
 def validate(

@@ -51,7 +51,7 @@ class Row:
         return ready
 
 
-class Batch:
+class BatchGenerator:
     """A model and up to `size` rows of text. Memory for all of them is taken at once."""
 
     def __init__(self, model: Decoder, device: Device, size: int) -> None:

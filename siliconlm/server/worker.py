@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from siliconlm.config import SampleConfig
 from siliconlm.data.tokenizer import Tokenizer
 from siliconlm.events import Sampled
-from siliconlm.inference.batch import Batch, Row
+from siliconlm.inference.batch import BatchGenerator, Row
 from siliconlm.server.turns import Turns
 
 News = Sampled | Exception
@@ -37,7 +37,7 @@ class Stopped(Exception):
 class Worker:
     """Makes texts, several at once. All methods but `_run` and what it calls belong to the event loop's thread."""
 
-    def __init__(self, batch: Batch, tokenizer: Tokenizer) -> None:
+    def __init__(self, batch: BatchGenerator, tokenizer: Tokenizer) -> None:
         self.batch, self.tokenizer = batch, tokenizer
         self.turns: Turns[Work] = Turns()
         self.running: dict[Row, Work] = {}

@@ -12,7 +12,7 @@ from siliconlm.config import MachineConfig, SampleConfig
 from siliconlm.data.tokenizer import byte_tokenizer, char_tokenizer
 from siliconlm.events import Sampled
 from siliconlm.hardware.device import Device, open_device
-from siliconlm.inference.batch import Batch, Row, row_bytes
+from siliconlm.inference.batch import BatchGenerator, Row, row_bytes
 from siliconlm.inference.decode import OneToken
 from siliconlm.inference.session import generate
 from siliconlm.model.decoder import Decoder
@@ -32,7 +32,7 @@ def row_of(model: Decoder, prompt: str, seed: int = 0, **values: Any) -> Row:
     return Row(model, LETTERS, LETTERS.encode(prompt), settings(**values), seed)
 
 
-def run(batch: Batch, arrivals: Iterable[tuple[int, Row]]) -> dict[Row, list[Sampled]]:
+def run(batch: BatchGenerator, arrivals: Iterable[tuple[int, Row]]) -> dict[Row, list[Sampled]]:
     """What each row says, when it joins after so many tokens of the others, or as soon as there is room."""
     said: dict[Row, list[Sampled]] = {}
     waiting, steps = sorted(arrivals, key=lambda arrival: arrival[0]), 0
@@ -57,7 +57,9 @@ def test_each_row_says_what_it_would_say_alone(random_model: Random, device: Dev
     model = random_model(64, family=family)
     kinds = [{}, {"temperature": 0}, {"top_p": 0.8}, {"stop": STOPS}, {"max_tokens": 3}, {"repetition_penalty": 1.5}]
     rows = [row_of(model, prompt, seed, **kind) for seed, (prompt, kind) in enumerate(zip(PROMPTS, kinds, strict=True))]
-    said = run(Batch(model, device, 4), [(0, rows[0]), (3, rows[1]), (3, rows[2]), *((5, row) for row in rows[3:])])
+    said = run(
+        BatchGenerator(model, device, 4), [(0, rows[0]), (3, rows[1]), (3, rows[2]), *((5, row) for row in rows[3:])]
+    )
     for seed, (row, prompt, kind) in enumerate(zip(rows, PROMPTS, kinds, strict=True)):
         alone = list(generate(model, LETTERS, device, prompt, settings(**kind), seed))
         assert text_of(said[row]) == text_of(alone)
@@ -70,7 +72,7 @@ def test_each_row_says_what_it_would_say_alone(random_model: Random, device: Dev
 def test_logits_are_those_of_a_full_forward(random_model: Random, device: Device, family: str, gpu: bool) -> None:
     """Rows of 3 to 30 tokens, while one joins and another leaves; `gpu` takes the short form that is not NumPy's."""
     model = random_model(64, family=family)
-    batch = Batch(model, device, 4)
+    batch = BatchGenerator(model, device, 4)
     if gpu and batch.reader.one_token:
         batch.reader.one_token = OneToken(model, batch.cache)
     rows = [row_of(model, prompt, temperature=0) for prompt in PROMPTS]
@@ -91,7 +93,7 @@ def test_logits_are_those_of_a_full_forward(random_model: Random, device: Device
 def test_half_precision_stays_near(random_model: Random, device: Device) -> None:
     half = open_device(MachineConfig(device="cpu", threads=1, dtype="bfloat16"))
     model = random_model(64)
-    exact, near = (Batch(model, place, 2) for place in (device, half))
+    exact, near = (BatchGenerator(model, place, 2) for place in (device, half))
     for batch in (exact, near):
         for prompt in PROMPTS[:2]:
             batch.join(row_of(model, prompt))
@@ -106,7 +108,7 @@ def test_a_row_ends_with_the_context_and_the_others_go_on(random_model: Random, 
     with torch.no_grad():
         model.model.embed_tokens.weight[LETTERS.eos] = 0  # neither ends before
     long, short = (row_of(model, prompt, temperature=0, max_tokens=1000) for prompt in ("x" * 30, "x"))
-    said = run(Batch(model, device, 2), [(0, long), (1, short)])
+    said = run(BatchGenerator(model, device, 2), [(0, long), (1, short)])
     assert [(said[row][-1].tokens, said[row][-1].stopped_by) for row in (long, short)] == [
         (2, "max_tokens"),
         (31, "max_tokens"),
@@ -116,7 +118,7 @@ def test_a_row_ends_with_the_context_and_the_others_go_on(random_model: Random, 
 
 def test_a_row_may_end_with_its_first_token(random_model: Random, device: Device) -> None:
     model = random_model(64)
-    batch, row = Batch(model, device, 1), row_of(model, "O", max_tokens=1)
+    batch, row = BatchGenerator(model, device, 1), row_of(model, "O", max_tokens=1)
     ready = batch.join(row)
     assert ready and ready.done and row.ended and not batch.rows and not batch.cache.lengths
 
@@ -128,14 +130,14 @@ def test_a_token_that_ends_an_answer_ends_it_and_is_no_text(random_model: Random
         model.model.embed_tokens.weight[end] = 10 * model.model(torch.tensor([[7, 8]]))[0, -1]
     for ends, expected in ((frozenset({end}), 1), (frozenset(), 5)):
         row = Row(model, tokenizer, [7, 8], settings(temperature=0, max_tokens=5), 0, ends=ends)
-        said = run(Batch(model, device, 2), [(0, row)])[row]
+        said = run(BatchGenerator(model, device, 2), [(0, row)])[row]
         assert said[-1].tokens == expected and (end in row.ids) == bool(ends)
         assert not ends or (text_of(said), said[-1].stopped_by) == ("", "end of text")
 
 
 def test_after_a_clearance_there_is_room_and_nothing_is_left(random_model: Random, device: Device) -> None:
     model = random_model(64)
-    batch = Batch(model, device, 2)
+    batch = BatchGenerator(model, device, 2)
     for prompt in PROMPTS[:2]:
         batch.join(row_of(model, prompt))
     batch.step()
@@ -146,7 +148,7 @@ def test_after_a_clearance_there_is_room_and_nothing_is_left(random_model: Rando
 
 def test_memory_is_taken_once_and_is_what_is_said(random_model: Random, device: Device) -> None:
     model = random_model(64)
-    batch = Batch(model, device, 3)
+    batch = BatchGenerator(model, device, 3)
     held = [*batch.cache.keys, *batch.cache.values]
     places = [part.data_ptr() for part in held]
     assert sum(part.nbytes for part in held) == 3 * row_bytes(model.config, torch.float32)

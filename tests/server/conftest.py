@@ -23,7 +23,7 @@ from siliconlm.data.chat import TEMPLATES, Template
 from siliconlm.data.tokenizer import Tokenizer, char_tokenizer
 from siliconlm.errors import SiliconError
 from siliconlm.hardware.device import Device, open_device
-from siliconlm.inference.batch import Batch
+from siliconlm.inference.batch import BatchGenerator
 from siliconlm.inference.conversation import Talk
 from siliconlm.model.decoder import Decoder
 from siliconlm.model.families import FEATURES, to_hf_tensors
@@ -159,7 +159,7 @@ class _running:
         send_buffer: int = 0,
     ) -> None:
         self.device = open_device(MachineConfig(device="cpu", threads=1))
-        worker = Worker(Batch(model or random_model(), self.device, rows), LETTERS)
+        worker = Worker(BatchGenerator(model or random_model(), self.device, rows), LETTERS)
         template = Template(TEMPLATES["chatml"], LETTERS) if talks else SILENT
         self.service = Service("m", worker, template, limits or Limits())
         self.server = Server(self.service, Access(host, token))
