@@ -133,7 +133,7 @@ def talk(
         return Talk(opened.model.to(place.torch_device), word, place, settings, seed)
 
 
-ROWS = 8  # texts made at once
+ROWS = 16  # texts made at once: on a CPU 10 M parameters then make 3.5 times the tokens/s of one text, 32 no more
 
 
 def open_batch(name: str | None, device: str | None = None) -> Generator[Event, None, tuple[Opened, BatchGenerator]]:

@@ -63,7 +63,7 @@ def test_it_serves_until_a_signal(server: Command, number: signal.Signals, code:
     """With a text in the making, whose reader is told."""
     told = server.serving()
     assert (told["event"], told["model"], told["chat"], told["context"]) == ("serving", "talker", True, 8192)
-    assert told["url"].startswith("http://127.0.0.1:") and told["rows"] == 8
+    assert told["url"].startswith("http://127.0.0.1:") and told["rows"] == 16
     body = {"model": "talker", "messages": [{"role": "user", "content": "Go on"}], "stream": True, "temperature": 0}
     with httpx.stream("POST", f"{told['url']}/v1/chat/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
