@@ -73,7 +73,8 @@ class Worker:
 
     def counts(self) -> dict[str, int]:
         """Texts in the making and waiting."""
-        return {"running": len(self.running), "queued": len(self.turns)}
+        with self.changed:
+            return {"running": len(self.running), "queued": len(self.turns)}
 
     def _run(self) -> None:
         while self._wait():
