@@ -577,7 +577,7 @@ def _tokenizer_of(source: str | None) -> tuple[str, str | None]:
         return engine.default_data(_request(None, None, "none", None, {})) or engine.BUILTIN, None
     if is_tokenizer(source):
         return source, None
-    from siliconlm.data.prepare import datasets
+    from siliconlm.data.dataset import datasets
     from siliconlm.errors import nearest
     from siliconlm.training.checkpoint import all_runs, find_run
 

@@ -19,8 +19,8 @@ import siliconlm
 from siliconlm import engine
 from siliconlm.cli.signals import Signals
 from siliconlm.config import known_settings
+from siliconlm.data.dataset import open_dataset
 from siliconlm.data.packing import validation
-from siliconlm.data.prepare import open_dataset
 from siliconlm.hardware.device import open_device
 from siliconlm.model.weights import read_model
 from siliconlm.training.loop import evaluate, result_of
