@@ -301,7 +301,7 @@ def test_a_dry_run_reckons_with_the_measured_speed(silicon: Silicon, own: Traine
 def test_a_disk_too_small_for_the_checkpoints_is_told(
     silicon: Silicon, own: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "disk_free", lambda _: 1000)
+    monkeypatch.setattr("siliconlm.engine.training.disk_free", lambda _: 1000)
     for more in (["--dry-run"], ["--steps", "1"]):
         done = silicon("train", "--data", "plays", "--preset", own.preset, *more)
         assert done.code == 0 and "the disk may fill up" in done.told and "train.keep=2" in done.told
