@@ -280,6 +280,18 @@ class Staged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Serving(Event):
+    """A server answers at `url`. `rows` texts are made at once; `chat` says whether the model was taught to talk."""
+
+    url: str
+    model: str
+    device: str
+    context: int
+    rows: int
+    chat: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled(Event):
     """A piece of text as it is made; `done` on the last piece of a sample, with the counts.
 

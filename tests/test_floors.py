@@ -30,7 +30,8 @@ FLOORS = [
     {"export", "tuning"},
     {"engine"},
     {"road"},
-    {"server", "cli"},
+    {"server"},  # below cli, which starts it
+    {"cli"},
     {"__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -25,7 +25,9 @@ from siliconlm.data import builtin
 from siliconlm.data.batches import Batch
 from siliconlm.data.dataset import open_dataset
 from siliconlm.data.packing import validation
+from siliconlm.data.tokenizer import byte_tokenizer
 from siliconlm.hardware.device import Device
+from siliconlm.inference.batch import BatchGenerator, Row
 from siliconlm.inference.decode import OneToken
 from siliconlm.inference.sampler import sample
 from siliconlm.inference.session import Session
@@ -180,6 +182,26 @@ def test_sampling(shape: str, dtype: torch.dtype) -> None:
     used = audited(work)
     assert {"aten::tril", "aten::topk", "aten::cumsum"} <= used
     assert "aten::_scaled_dot_product_attention_math_for_mps" in NATIVE  # what attention is there without gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sampling_together(shape: str, dtype: torch.dtype) -> None:
+    """Texts of unequal length that share a forward pass; one joins later, one leaves its row to another."""
+    model = Decoder(configured(shape).model).eval()
+    model.initialise(1)
+
+    def work() -> None:
+        batch = BatchGenerator(model, Device("cpu", dtype, 1), 3)
+        if batch.reader.one_token:
+            batch.reader.one_token = OneToken(model, batch.cache)
+        for prompt in ([1, 2, 3], [4]):
+            batch.join(Row(model, byte_tokenizer(), prompt, SampleConfig(temperature=0), 0))
+            batch.step()
+        batch.leave(batch.rows[0])
+
+    used = audited(work)
+    assert used & {"aten::index_put_", "aten::_index_put_impl_"} and "aten::le.Tensor" in used
 
 
 LACKING = {

@@ -61,7 +61,8 @@ def test_the_wheel_carries_the_package_presets_and_profiles(
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "siliconlm").rglob("*.py")}
+    kinds = {".py", ".toml", ".html"}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "siliconlm").rglob("*") if path.suffix in kinds}
     sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "siliconlm" / "cli" / "pages").iterdir()}
     settings = {f"siliconlm/profiles/{name}.toml" for kind in ("preset", "profile") for name in profile_names(kind)}
     assert sources <= names and settings <= names

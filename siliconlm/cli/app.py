@@ -446,6 +446,42 @@ def chat(
     face.chat(engine.talk(run, settings, device, _step(step), template), prompt, system, json_out)
 
 
+@app.command(epilog="Example: silicon serve first --port 8080")
+def serve(
+    run: options.Run = None,
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(metavar="H", help="Another address than this computer's own lets others in.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option(metavar="T", envvar="SILICON_TOKEN", help="What clients must show (a bearer token).")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="T", help="chatml, nanochat, llama3, or a Jinja file. [default: the model's]")
+    ] = None,
+    device: options.Device = None,
+    json_out: options.Json = False,
+) -> None:
+    """Serve a model to a browser, and to programs by OpenAI's API.
+
+    Several texts are made at once. Ctrl-C ends it.
+    """
+    try:
+        from siliconlm.server import app as face
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn"):
+            raise
+        fix = "Type: pip install 'siliconlm[serve]'"
+        raise SiliconError(
+            f"serving needs {error.name}, which is not installed", fix=fix, kind="bad_environment"
+        ) from None
+    from siliconlm.cli import render
+    from siliconlm.cli.signals import Signals
+
+    with Signals():
+        render.serving(face.serve(run, host, port, token, device, template), json_out)
+
+
 @app.command("eval", epilog="Example: silicon eval first --json")
 def evaluate(
     run: options.Run = None,

@@ -603,6 +603,19 @@ def sampling(events: Iterable[ev.Event], prompt: str, json_out: bool) -> None:
         err.print(Text(f"{total} tokens, {rate:.0f} tokens/s", style="dim"))
 
 
+def serving(events: Iterable[ev.Event], json_out: bool) -> None:
+    """Where a server answers, for as long as it does."""
+    for event in bars(events, json_out):
+        if not isinstance(event, ev.Serving):
+            continue
+        if json_out:
+            as_json(event.as_json())
+            continue
+        out.print(f"{event.model} on {event.device}: {event.url}")
+        talk = "open it in a browser, or" if event.chat else "not tuned on conversations: it continues texts;"
+        err.print(Text(f"{talk} point programs at {event.url}/v1; Ctrl-C ends it", style="dim"))
+
+
 def evaluation(events: Iterable[ev.Event], json_out: bool) -> None:
     for event in bars(events, json_out):
         if isinstance(event, ev.Evaluated):

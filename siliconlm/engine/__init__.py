@@ -9,7 +9,7 @@ from siliconlm.data.sources import BUILTIN
 from siliconlm.engine.datasets import Preparation, prepare_sources
 from siliconlm.engine.finetuning import finetune
 from siliconlm.engine.measuring import export_profile, list_profiles, plan, probe_batch, profile, self_test
-from siliconlm.engine.models import Opened, export_folder, measure_tasks, open_model, sample, talk, validate
+from siliconlm.engine.models import Opened, export_folder, measure_tasks, open_batch, open_model, sample, talk, validate
 from siliconlm.engine.setup import Request, dataset_name, default_data, device_choices
 from siliconlm.engine.training import forecast, resume, runs, train
 
@@ -28,6 +28,7 @@ __all__ = [
     "forecast",
     "list_profiles",
     "measure_tasks",
+    "open_batch",
     "open_model",
     "plan",
     "prepare",

@@ -33,6 +33,7 @@ from siliconlm.hardware.device import (
     Device,
 )
 from siliconlm.inference.answers import answers
+from siliconlm.inference.batch import BatchGenerator, row_bytes
 from siliconlm.inference.conversation import Talk
 from siliconlm.inference.harness import measure
 from siliconlm.inference.session import check_prompt, generate
@@ -130,6 +131,19 @@ def talk(
     seed = settings.seed if settings.seed is not None else secrets.randbits(32)
     with telling_out_of_memory(NO_ROOM):
         return Talk(opened.model.to(place.torch_device), word, place, settings, seed)
+
+
+ROWS = 16  # texts made at once: on a CPU 10 M parameters then make 3.5 times the tokens/s of one text, 32 no more
+
+
+def open_batch(name: str | None, device: str | None = None) -> Generator[Event, None, tuple[Opened, BatchGenerator]]:
+    """A model, and memory for as many texts at once as half of what is free holds."""
+    opened = yield from open_model(name)
+    place = yield from open_sound(machine_of(device), "cached_decoding", *features_of(opened.model.config))
+    with telling_out_of_memory(NO_ROOM):
+        model = opened.model.to(place.torch_device)
+        room = place.memory_budget() // (2 * row_bytes(model.config, place.dtype))
+        return opened, BatchGenerator(model, place, max(1, min(ROWS, room)))
 
 
 def validate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
@@ -27,13 +28,24 @@ def fitted(template: Template, messages: Conversation, context: int, room: int) 
     """
     head = messages[:1] if messages and messages[0].role == "system" else ()
     turns = messages[len(head) :]
-    for dropped in range(0, len(turns), 2):
-        kept = (*head, *turns[dropped:])
-        if len(template.prompt(kept)) + room <= context:
-            return kept, dropped
-    what = f"the message is too long: {len(template.prompt((*head, *turns[-1:]))):,} tokens with what surrounds it"
-    fix = f"The model's context is {context:,} tokens, of which {room:,} are kept for the answer."
-    raise SiliconError(what, fix=fix, kind="bad_data")
+
+    def last(pairs: int) -> Conversation:
+        """The last message, and so many questions with their answers before it."""
+        return (*head, *turns[max(0, len(turns) - 1 - 2 * pairs) :])
+
+    def is_too_long(pairs: int) -> bool:
+        return len(template.prompt(last(pairs))) + room > context
+
+    if is_too_long(0):
+        what = f"the message is too long: {len(template.prompt(last(0))):,} tokens with what surrounds it"
+        fix = f"The model's context is {context:,} tokens, of which {room:,} are kept for the answer."
+        raise SiliconError(what, fix=fix, kind="bad_data")
+    # A history may be much longer than the context: what is tried grows with what fits, not with what there is.
+    most, reach = len(turns) // 2, 1
+    while reach <= most and not is_too_long(reach):
+        reach *= 2
+    fits = bisect_left(range(min(reach, most + 1)), True, lo=reach // 2 + 1, key=is_too_long) - 1
+    return last(fits), len(messages) - len(last(fits))
 
 
 @dataclass(slots=True)

@@ -43,8 +43,17 @@ class Folded(NamedTuple):
     o_CP: Any
     gate_up_PC: Any
     down_CF: Any
-    keys: Any  # the cache's, by sequence and key head: [B * K, context, D]
+    keys: Any  # the cache's, [B, K, context, D]
     values: Any
+
+
+class Spot(NamedTuple):
+    """Where the new tokens go, as indices into a cache, and what they see."""
+
+    rows: Any
+    place: Any  # one for all rows, or an array of each one's
+    end: int
+    seen: Any  # [B, 1, 1, S]; None: all before `end`
 
 
 def one_token(model: Decoder, cache: Cache, few: bool) -> OneToken:
@@ -78,7 +87,7 @@ class OneToken:
 
     def __call__(self, ids_B: Tensor) -> Tensor:
         """To be called under inference mode, and the device's autocast."""
-        config, place, batch = self.config, self.cache.length, ids_B.size(0)
+        config, batch, (rows, place, end, seen) = self.config, ids_B.size(0), self.spot(ids_B.size(0))
         queries, rotated = config.n_head, config.n_head + config.n_kv_head
         x_BC = self.embedding_VC[ids_B]
         for block in self.blocks:
@@ -88,16 +97,26 @@ class OneToken:
                 qk_BND = qk_BND / torch.hypot(_length(qk_BND), self.floor_D)
             turned_BND = qk_BND.roll(config.head_dim // 2, -1)
             qk_BND = torch.addcmul(qk_BND * block.cos_TND[place], turned_BND, block.sin_TND[place])
-            block.keys[:, place] = qk_BND[:, queries:].reshape(-1, config.head_dim)
-            block.values[:, place] = heads_BHD[:, rotated:].reshape(-1, config.head_dim)
-            q = qk_BND[:, :queries].reshape(block.keys.size(0), -1, config.head_dim)
-            scores = torch.bmm(q, block.keys[:, : place + 1].mT)
-            y = torch.bmm(torch.softmax(scores, -1), block.values[:, : place + 1])
+            block.keys[rows, :, place] = qk_BND[:, queries:].to(block.keys.dtype)
+            block.values[rows, :, place] = heads_BHD[:, rotated:].to(block.values.dtype)
+            keys, values = (held[:batch, :, :end].flatten(0, 1) for held in (block.keys, block.values))
+            q = qk_BND[:, :queries].reshape(len(keys), -1, config.head_dim)
+            scores = torch.bmm(q, keys.mT)
+            if seen is not None:
+                scores = scores.view(batch, config.n_kv_head, -1, end).masked_fill(~seen, -torch.inf).view_as(scores)
+            y = torch.bmm(torch.softmax(scores, -1), values)
             x_BC = x_BC + F.linear(y.view(batch, -1), block.o_CP)
             gate_BF, up_BF = F.linear(self.normed(x_BC), block.gate_up_PC).chunk(2, dim=-1)
             x_BC = x_BC + F.linear(F.silu(gate_BF) * up_BF, block.down_CF)
-        self.cache.length += 1
+        self.cache.advance(1)
         return F.linear(self.normed(x_BC), self.head_VC)
+
+    def spot(self, batch: int) -> Spot:
+        start = self.cache.start
+        seen, end = self.cache.mask(1), self.cache.length + 1
+        if isinstance(start, int):
+            return Spot(slice(batch), start, end, seen)
+        return Spot(torch.arange(batch, device=start.device), start[:, 0], end, seen)
 
     def normed(self, x_BC: Tensor) -> Tensor:
         """x / sqrt(sum of squares + width * epsilon): RMSNorm but for the factors that are in the next matrix."""
@@ -115,7 +134,7 @@ class OnHost(OneToken):
         self.arrays = [Folded(*(part.detach().numpy() for part in block)) for block in self.blocks]
 
     def __call__(self, ids_B: Tensor) -> Tensor:
-        config, place, batch = self.config, self.cache.length, ids_B.size(0)
+        config, batch, (rows, place, end, seen) = self.config, ids_B.size(0), self.spot(ids_B.size(0))
         queries, rotated, half = config.n_head, config.n_head + config.n_kv_head, config.head_dim // 2
         x_BC = self.embedding[ids_B.numpy()]
         for block in self.arrays:
@@ -125,19 +144,27 @@ class OnHost(OneToken):
                 qk_BND = _unit(qk_BND, self.floors[1])
             turned_BND = np.concatenate((qk_BND[..., half:], qk_BND[..., :half]), axis=-1)
             qk_BND = qk_BND * block.cos_TND[place] + turned_BND * block.sin_TND[place]
-            block.keys[:, place] = qk_BND[:, queries:].reshape(-1, config.head_dim)
-            block.values[:, place] = heads_BND[:, rotated:].reshape(-1, config.head_dim)
-            q = qk_BND[:, :queries].reshape(len(block.keys), -1, config.head_dim)
-            scores = q @ block.keys[:, : place + 1].transpose(0, 2, 1)
+            block.keys[rows, :, place] = qk_BND[:, queries:]
+            block.values[rows, :, place] = heads_BND[:, rotated:]
+            q = qk_BND[:, :queries].reshape(batch, config.n_kv_head, -1, config.head_dim)
+            scores = q @ block.keys[:batch, :, :end].transpose(0, 1, 3, 2)
+            if seen is not None:
+                scores = np.where(seen, scores, -np.inf)
             chances = np.exp(scores - scores.max(-1, keepdims=True))
-            y = (chances / chances.sum(-1, keepdims=True)) @ block.values[:, : place + 1]
+            y = (chances / chances.sum(-1, keepdims=True)) @ block.values[:batch, :, :end]
             x_BC = x_BC + y.reshape(batch, -1) @ block.o_CP.T
             both_BP = _unit(x_BC, self.floors[0]) @ block.gate_up_PC.T
             gate_BF, up_BF = both_BP[:, : config.n_ff], both_BP[:, config.n_ff :]
             # exp overflows beyond 88, where silu is 0 all the same.
             x_BC = x_BC + (gate_BF * up_BF / (1 + np.exp(-np.maximum(gate_BF, -80)))) @ block.down_CF.T
-        self.cache.length += 1
+        self.cache.advance(1)
         return torch.from_numpy(_unit(x_BC, self.floors[0]) @ self.head.T)
+
+    def spot(self, batch: int) -> Spot:
+        rows, place, end, seen = super().spot(batch)
+        if isinstance(rows, Tensor):
+            rows, place, seen = rows.numpy(), place.numpy(), seen.numpy()
+        return Spot(rows, place, end, seen)
 
 
 def _unit(x: Array, floor: float) -> Array:
@@ -166,8 +193,8 @@ def _fold(block: Block, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Ten
         attention.o_proj.weight.to(dtype),
         (gate_up * _scale(block.post_attention_layernorm.weight)).to(dtype),  # type: ignore[arg-type]
         mlp.down_proj.weight.to(dtype),
-        keys.flatten(0, 1),
-        values.flatten(0, 1),
+        keys,
+        values,
     )
 
 

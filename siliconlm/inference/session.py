@@ -20,19 +20,45 @@ from siliconlm.model.decoder import Cache, Decoder
 TOGETHER = 16  # texts drawn at once
 
 
-class Session:
+class Reader:
+    """A model with a cache: reads new token ids for every row, and says the logits that follow them.
+
+    Logits are [B, V], float32 on the CPU.
+    """
+
+    def __init__(self, model: Decoder, device: Device, cache: Cache) -> None:
+        self.model = model
+        self.device = device
+        self.cache = cache
+        self.size = sum(weight.nbytes for weight in model.parameters())
+        few = self.size < FEW_BYTES
+        self.one_token = one_token(model, cache, few) if can_fold(model.config, self.size) else None
+
+    @torch.inference_mode()
+    def read(self, ids: list[list[int]]) -> Tensor:
+        """The logits after as many new ids for each row."""
+        if len(ids[0]) > 1:
+            return self.prefill(ids, self.cache)
+        with self.device.autocast(), self.device.few_threads(self.size):
+            if self.one_token is None:
+                return self.prefill(ids, self.cache)
+            return self.one_token(torch.tensor(ids, device=self.device.torch_device)[:, 0]).float().cpu()
+
+    @torch.inference_mode()
+    def prefill(self, ids: list[list[int]], cache: Cache) -> Tensor:
+        """The same by the whole decoder, into any cache."""
+        ids_BT = torch.tensor(ids, device=self.device.torch_device)
+        with self.device.autocast():
+            return self.model.lm_head(self.model.model(ids_BT, cache)[:, -1]).float().cpu()
+
+
+class Session(Reader):
     """A model with a cache for sequences of equal length: `feed` tokens, get the logits that follow them."""
 
     def __init__(self, model: Decoder, device: Device, batch: int = 1) -> None:
-        self.model = model
-        self.device = device
-        self.cache = Cache(model.config, batch, device.torch_device, device.dtype)
-        self.size = sum(weight.nbytes for weight in model.parameters())
-        few = self.size < FEW_BYTES
-        self.one_token = one_token(model, self.cache, few) if can_fold(model.config, self.size) else None
+        super().__init__(model, device, Cache(model.config, batch, device.torch_device, device.dtype))
         self.ids: list[list[int]] = [[] for _ in range(batch)]
 
-    @torch.inference_mode()
     def feed(self, ids: list[list[int]]) -> Tensor:
         """Logits [B, V] after as many new ids for each sequence, float32 on the CPU.
 
@@ -43,14 +69,7 @@ class Session:
         if self.cache.length + len(ids[0]) > self.model.config.context:
             ids = [sequence[-max(1, self.model.config.context // 2) :] for sequence in self.ids]
             self.cache.length = 0
-        ids_BT = torch.tensor(ids, device=self.device.torch_device)
-        with self.device.autocast():
-            if self.one_token and ids_BT.size(1) == 1:
-                with self.device.few_threads(self.size):
-                    logits_BV = self.one_token(ids_BT[:, 0])
-            else:
-                logits_BV = self.model.lm_head(self.model.model(ids_BT, self.cache)[:, -1])
-        return logits_BV.float().cpu()
+        return self.read(ids)
 
 
 class Continuation:

@@ -43,12 +43,83 @@ class Cache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length = 0
 
+    @property
+    def start(self) -> int | Tensor:
+        """The place of the first new token."""
+        return self.length
+
     def extend(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """Append one layer's new keys and values; returns all of them, [B, K, S, D]."""
         end = self.length + k_BKTD.size(2)
         self.keys[layer][:, :, self.length : end] = k_BKTD
         self.values[layer][:, :, self.length : end] = v_BKTD
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def mask(self, new: int) -> Tensor | None:
+        """Which of the keys that `extend` returned each new token sees; None: all but those that come later."""
+        return causal_mask(new, self.length, self.keys[0].device) if new > 1 and self.length else None
+
+    def advance(self, new: int) -> None:
+        self.length += new
+
+
+class Rows(Cache):
+    """A cache whose rows differ in length, of which the first are in use: one new token for each at a time.
+
+    `lengths` are those of the rows in use; `length` is the longest.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, rows, device, dtype)
+        self.lengths: list[int] = []
+
+    def join(self, cache: Cache) -> None:
+        """Take the only row of another cache into the next free one."""
+        for held, other in zip((*self.keys, *self.values), (*cache.keys, *cache.values), strict=True):
+            held[len(self.lengths), :, : cache.length] = other[0, :, : cache.length]
+        self._set([*self.lengths, cache.length])
+
+    def leave(self, row: int) -> None:
+        """Give a row up; the last one takes its place."""
+        *others, last = self.lengths
+        if row < len(others):
+            for held in (*self.keys, *self.values):
+                held[row, :, :last] = held[len(others), :, :last]
+            others[row] = last
+        self._set(others)
+
+    def clear(self) -> None:
+        """Give all rows up."""
+        self._set([])
+
+    @property
+    def start(self) -> int | Tensor:
+        """One place for all rows, or each its own: [B, 1]."""
+        if len(set(self.lengths)) == 1:
+            return self.length
+        return torch.tensor(self.lengths, device=self.keys[0].device)[:, None]
+
+    def extend(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        start, rows, end = self.start, len(self.lengths), self.length + 1
+        for held, new in ((self.keys[layer], k_BKTD), (self.values[layer], v_BKTD)):
+            if isinstance(start, int):
+                held[:rows, :, start:end] = new
+            else:
+                held[torch.arange(rows, device=held.device), :, start[:, 0]] = new[:, :, 0].to(held.dtype)
+        return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end]
+
+    def mask(self, new: int) -> Tensor | None:
+        """[B, 1, 1, S]: a shorter row does not see what stands behind its end."""
+        assert new == 1
+        if isinstance(self.start, int):
+            return None
+        return (torch.arange(self.length + 1, device=self.keys[0].device) <= self.start)[:, None, None]
+
+    def advance(self, new: int) -> None:
+        self._set([length + new for length in self.lengths])
+
+    def _set(self, lengths: list[int]) -> None:
+        self.lengths, self.length = lengths, max(lengths, default=0)
 
 
 class Decoder(nn.Module):
@@ -147,7 +218,7 @@ class Trunk(nn.Module):
 
     def forward(self, ids_BT: Tensor, cache: Cache | None = None, documents_BT: Tensor | None = None) -> Tensor:
         """`documents_BT`: numbers of documents that are not to see each other, where a row holds several."""
-        start = cache.length if cache else 0
+        start = cache.start if cache else 0
         x_BTC = self.embed_tokens(ids_BT)
         if self.embed_positions is not None:
             x_BTC = x_BTC + self.embed_positions(positions(start, ids_BT, documents_BT))
@@ -159,7 +230,7 @@ class Trunk(nn.Module):
             else:
                 x_BTC = block(x_BTC, angles, cache, documents_BT)
         if cache:
-            cache.length += ids_BT.size(1)
+            cache.advance(ids_BT.size(1))
         return self.norm(x_BTC)
 
 
@@ -235,14 +306,14 @@ class Attention(nn.Module):
         cache: Cache | None,
         documents_BT: Tensor | None = None,
     ) -> Tensor:
-        new, past = q_BHTD.size(2), cache.length if cache else 0
+        new, mask = q_BHTD.size(2), None
         if cache:
             k_BKTD, v_BKTD = cache.extend(self.index, k_BKTD, v_BKTD)
+            mask = cache.mask(new)
         elif self.query_block:
             return block_attention(q_BHTD, k_BKTD, v_BKTD, self.query_block, documents_BT)
-        mask = causal_mask(new, past, q_BHTD.device) if new > 1 and (past or documents_BT is not None) else None
-        if mask is not None and documents_BT is not None:
-            mask = mask & same_document(documents_BT, documents_BT)[:, None]
+        elif documents_BT is not None:
+            mask = causal_mask(new, 0, q_BHTD.device) & same_document(documents_BT, documents_BT)[:, None]
         return F.scaled_dot_product_attention(
             q_BHTD,
             k_BKTD,
@@ -342,14 +413,18 @@ class Rotary(nn.Module):
         self.register_buffer("cos", cos.to(place), persistent=False)
         self.register_buffer("sin", sin.to(place), persistent=False)
 
-    def forward(self, start: int, new: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions start..start+new-1, each [T, 1, D]; the first half of the sines negative."""
-        return self.cos[start : start + new, None], self.sin[start : start + new, None]  # type: ignore[index]
+    def forward(self, start: int | Tensor, new: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions start..start+new-1, each [T, 1, D]; the first half of the sines negative.
+
+        For one new token a row whose `start` is its own, [B, 1, 1, D].
+        """
+        places = slice(start, start + new) if isinstance(start, int) else start
+        return self.cos[places, None], self.sin[places, None]  # type: ignore[index]
 
 
-def positions(start: int, ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+def positions(start: int | Tensor, ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
     """Learned positions count from where a document begins in its row: [T], or [B, T]. (Rotary ones are relative.)"""
-    place_T = torch.arange(start, start + ids_BT.size(1), device=ids_BT.device)
+    place_T = start + torch.arange(ids_BT.size(1), device=ids_BT.device)
     if documents_BT is None:
         return place_T
     begins_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)

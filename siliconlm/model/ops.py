@@ -53,7 +53,7 @@ def _exact(x: Tensor) -> Tensor:
 def rotate(x_BTHD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (d, d + D/2) of each head by the angles of its place (Su et al. 2021; Llama and Qwen layout).
 
-    `angles` are the cosines and the sines, [T, 1, D]; the first half of the sines is negative.
+    `angles` are the cosines and the sines, [T, 1, D] or [B, T, 1, D]; the first half of the sines is negative.
     """
     return _Rotation.apply(x_BTHD, *angles)  # type: ignore[no-untyped-call]
 
@@ -72,9 +72,9 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x_BTHD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    exact_BTHD = _exact(x_BTHD)
+    exact_BTHD, shape = _exact(x_BTHD), x_BTHD.shape[-cos_T1D.dim() :]
     # Repeated for each head, a place's numbers lie in one row, which a CPU goes through twice as fast.
-    cos_THD, sin_THD = (part.to(exact_BTHD.dtype).expand(x_BTHD.shape[1:]).contiguous() for part in (cos_T1D, sin_T1D))
+    cos_THD, sin_THD = (part.to(exact_BTHD.dtype).expand(shape).contiguous() for part in (cos_T1D, sin_T1D))
     swapped_BTHD = exact_BTHD.roll(x_BTHD.size(-1) // 2, -1)
     return (exact_BTHD * cos_THD).addcmul_(swapped_BTHD, sin_THD).to(x_BTHD.dtype)
 
