@@ -26,7 +26,7 @@ from siliconlm.errors import SiliconError
 from siliconlm.hardware.device import DTYPES, Device, is_out_of_memory, plain_words
 from siliconlm.hardware.doctor import MATMUL_CAP
 from siliconlm.inference.decode import OneToken
-from siliconlm.model.decoder import Attention, Block, Cache, Decoder, Rotary
+from siliconlm.model.decoder import Attention, Block, Cache, Decoder, Rotary, Rows
 from siliconlm.model.loss import chunked_loss
 from siliconlm.model.ops import rms_norm, rotate
 from siliconlm.training.optim import AdamW, Muon, build, orthogonalise
@@ -299,6 +299,22 @@ def cached_attention(at: Place, heads: int, kv_heads: int) -> Named:
             cache.length = past
             q, k, v = (at.normal(1, new, count, width).transpose(1, 2) for count in (heads, kv_heads, kv_heads))
             named[f"{new} after {past:,}, heads of {width},"] = layer.attend(q, k, v, cache)
+    return named
+
+
+def attention_of_rows(at: Place) -> Named:
+    """New tokens of texts of unequal length, one each, before and after the first leaves its row to the last."""
+    layer, named = _attention(4, 2, 64), {}
+    rows = Rows(layer.config, 3, at.normal(1).device, at.dtype)
+    with torch.inference_mode():
+        for held in (*rows.keys, *rows.values):
+            held.copy_(at.normal(*held.shape))
+        rows.lengths, rows.length = [30, 7, 12], 30
+        for count in (3, 2):
+            q, k, v = (at.normal(count, heads, 1, 64) for heads in (4, 2, 2))
+            named[f"{count} rows"] = layer.attend(q, k, v, rows)
+            rows.advance(1)
+            rows.leave(0)
     return named
 
 
@@ -579,6 +595,8 @@ def checks(device: Device) -> Iterator[Check]:
         yield _on_cpu("attention by blocks", "always", attention, 4, 2, 40, matmuls=True)
     yield _on_cpu("cached attention", "cached_decoding", cached_attention, 4, 4, matmuls=True)
     yield _on_cpu("cached attention, grouped", "cached_decoding", cached_attention, 4, 2, matmuls=True)
+    parts: AbstractSet[Feature] = {"always", "cached_decoding"}
+    yield _on_cpu("attention of rows", "cached_decoding", attention_of_rows, matmuls=True, after=parts)
     yield _on_cpu("rms_norm", "always", root_mean_square_norm, device.own_norm)
     yield _on_cpu("layer_norm", "gpt2_shape", layer_norm)
     yield _on_cpu("rotary positions", "always", rotary)
