@@ -469,11 +469,12 @@ def serve(
     try:
         from siliconlm.server import app as face
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("starlette", "uvicorn"):
             raise
         fix = "Type: pip install 'siliconlm[serve]'"
         raise SiliconError(
-            f"serving needs {error.name}, which is not installed", fix=fix, kind="bad_environment"
+            f"serving needs {missing}, which is not installed", fix=fix, kind="bad_environment"
         ) from None
     from siliconlm.cli import render
     from siliconlm.cli.signals import Signals

@@ -33,6 +33,7 @@ COMMANDS = [
     "doctor",
     "finetune",
     "run",
+    "serve",
     "prepare",
     "probe-batch",
     "profile",
