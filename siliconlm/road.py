@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from siliconlm import engine
 from siliconlm.config import Duration, Layer, Section, check_names, moment, profile_folders, read_toml
 from siliconlm.data.conversations import BUILTIN_CHAT
-from siliconlm.data.prepare import NAME, datasets, open_dataset
+from siliconlm.data.dataset import NAME, datasets, open_dataset
 from siliconlm.data.sources import BUILTIN
 from siliconlm.data.tasks import read_facts
 from siliconlm.errors import SiliconError, nearest

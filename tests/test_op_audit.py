@@ -23,8 +23,8 @@ from siliconlm import engine
 from siliconlm.config import DataConfig, Layer, ModelConfig, RunConfig, SampleConfig, resolve
 from siliconlm.data import builtin
 from siliconlm.data.batches import Batch
+from siliconlm.data.dataset import open_dataset
 from siliconlm.data.packing import validation
-from siliconlm.data.prepare import open_dataset
 from siliconlm.data.tokenizer import byte_tokenizer
 from siliconlm.hardware.device import Device
 from siliconlm.inference.batch import BatchGenerator, Row

@@ -472,8 +472,10 @@ def serve(
         missing = (error.name or "").partition(".")[0]
         if missing not in ("starlette", "uvicorn"):
             raise
-        what, fix = f"serving needs {missing}, which is not installed", "Type: pip install 'siliconlm[serve]'"
-        raise SiliconError(what, fix=fix, kind="bad_environment") from None
+        fix = "Type: pip install 'siliconlm[serve]'"
+        raise SiliconError(
+            f"serving needs {missing}, which is not installed", fix=fix, kind="bad_environment"
+        ) from None
     from siliconlm.cli import render
     from siliconlm.cli.signals import Signals
 
@@ -612,7 +614,7 @@ def _tokenizer_of(source: str | None) -> tuple[str, str | None]:
         return engine.default_data(_request(None, None, "none", None, {})) or engine.BUILTIN, None
     if is_tokenizer(source):
         return source, None
-    from siliconlm.data.prepare import datasets
+    from siliconlm.data.dataset import datasets
     from siliconlm.errors import nearest
     from siliconlm.training.checkpoint import all_runs, find_run
 

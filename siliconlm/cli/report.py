@@ -14,7 +14,7 @@ import numpy as np
 
 from siliconlm.cli.words import clock, few, number
 from siliconlm.config import RunConfig, known_settings
-from siliconlm.data.prepare import open_dataset
+from siliconlm.data.dataset import open_dataset
 from siliconlm.errors import SiliconError
 from siliconlm.training.checkpoint import RunFolder, find_run, read_checkpoint, read_evals, read_log, runs_folder
 

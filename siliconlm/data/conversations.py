@@ -23,7 +23,7 @@ import numpy as np
 from siliconlm import __version__
 from siliconlm.data import tasks
 from siliconlm.data.chat import Conversation, Message, Template, conversation
-from siliconlm.data.prepare import FORMAT, Dataset, alone, check_arguments, data_folder, reused
+from siliconlm.data.dataset import FORMAT, Dataset, alone, check_arguments, data_folder, reused
 from siliconlm.data.records import RECORD_SUFFIXES, looks_like_chat, read_records
 from siliconlm.data.shards import ShardWriter, dtype_for
 from siliconlm.errors import SiliconError

@@ -14,7 +14,7 @@ import numpy as np
 
 from siliconlm.config import DataConfig
 from siliconlm.data.batches import IGNORED, Batch, Batches, Stream, evaluation_windows, permuted
-from siliconlm.data.prepare import Dataset
+from siliconlm.data.dataset import Dataset
 from siliconlm.data.shards import Shard, Tokens
 from siliconlm.errors import SiliconError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from siliconlm.data.dataset import Dataset, datasets, open_dataset
 from siliconlm.data.hub import HUB, fetch_tokenizer
-from siliconlm.data.prepare import Dataset, datasets, open_dataset
 from siliconlm.data.tokenizer import Tokenizer, open_tokenizer
 
 SHOWN = 200  # tokens of a validation text

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from siliconlm.data.dataset import Dataset, open_dataset
 from siliconlm.data.foreign import HEADER, KINDS, Ids
-from siliconlm.data.prepare import Dataset, open_dataset
 from siliconlm.data.shards import DTYPES, Shard
 from siliconlm.errors import SiliconError, nearest
 from siliconlm.events import Event, Notice, Working, Written

@@ -14,8 +14,9 @@ from siliconlm.data.conversations import (
     record_files,
     show,
 )
+from siliconlm.data.dataset import datasets, open_dataset
 from siliconlm.data.hub import HUB, fetch_dataset
-from siliconlm.data.prepare import VAL_FRACTION, VOCAB_SIZE, datasets, given_tokenizer, open_dataset, prepare
+from siliconlm.data.prepare import VAL_FRACTION, VOCAB_SIZE, given_tokenizer, prepare
 from siliconlm.data.sources import BUILTIN
 from siliconlm.engine.models import Opened, open_model
 from siliconlm.engine.setup import dataset_name

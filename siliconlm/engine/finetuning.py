@@ -11,8 +11,8 @@ from siliconlm.config import Layer
 from siliconlm.data.conversations import (
     BUILTIN_CHAT,
 )
+from siliconlm.data.dataset import Dataset, open_dataset
 from siliconlm.data.packing import training_stream
-from siliconlm.data.prepare import Dataset, open_dataset
 from siliconlm.engine.datasets import tuning_data
 from siliconlm.engine.models import Opened, check_tokenizer, open_model
 from siliconlm.engine.setup import Request, Stop, gathering, resolve_request, tune

@@ -12,7 +12,7 @@ from typing import Any
 
 from siliconlm import config as configs
 from siliconlm.config import Layer, RunConfig
-from siliconlm.data.prepare import Dataset, open_dataset
+from siliconlm.data.dataset import Dataset, open_dataset
 from siliconlm.data.tokenizer import byte_tokenizer
 from siliconlm.engine.setup import (
     Request,

@@ -17,8 +17,8 @@ from siliconlm.data.conversations import (
     BUILTIN_CHAT,
     read_questions,
 )
+from siliconlm.data.dataset import Dataset, open_dataset
 from siliconlm.data.packing import validation
-from siliconlm.data.prepare import Dataset, open_dataset
 from siliconlm.data.tokenizer import Tokenizer
 from siliconlm.engine.setup import NO_ROOM, machine_of, telling_out_of_memory
 from siliconlm.errors import SiliconError

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from siliconlm import config as configs
 from siliconlm.config import Layer, MachineConfig, RunConfig
-from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
+from siliconlm.data.dataset import Dataset, datasets, open_dataset
+from siliconlm.data.prepare import prepare
 from siliconlm.data.sources import BUILTIN
 from siliconlm.data.tokenizer import Tokenizer
 from siliconlm.errors import SiliconError

@@ -15,8 +15,8 @@ from siliconlm.config import RunConfig, SampleConfig, duration, write_run
 from siliconlm.data.conversations import (
     read_questions,
 )
+from siliconlm.data.dataset import Dataset
 from siliconlm.data.packing import training_stream, validation
-from siliconlm.data.prepare import Dataset
 from siliconlm.engine.measuring import shaped
 from siliconlm.engine.models import dataset_of, sample, talk
 from siliconlm.engine.setup import (

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from siliconlm.config import RunConfig, TrainConfig
 from siliconlm.data.batches import IGNORED, Batch, Stream
+from siliconlm.data.dataset import Dataset
 from siliconlm.data.packing import Validation
-from siliconlm.data.prepare import Dataset
 from siliconlm.errors import SiliconError
 from siliconlm.events import Evaluated, Event, Finished, Notice, Progress, Saved, Step, Working
 from siliconlm.hardware.device import Device

@@ -242,7 +242,8 @@ def test_a_conversation_on_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(terminal: Terminal) -> None:
-    terminal.child.send_signal(signal.SIGINT)
+    while not select.select([terminal.screen], [], [], 1.0)[0]:  # a signal before readline waits is not noticed
+        terminal.child.send_signal(signal.SIGINT)
     assert "Ctrl-D leaves" in terminal.until("> $")
     terminal.type("Hi.\n")
     assert "Hello!" in terminal.until("\n> $")

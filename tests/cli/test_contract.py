@@ -19,8 +19,8 @@ import siliconlm
 from siliconlm import engine
 from siliconlm.cli.signals import Signals
 from siliconlm.config import known_settings
+from siliconlm.data.dataset import open_dataset
 from siliconlm.data.packing import validation
-from siliconlm.data.prepare import open_dataset
 from siliconlm.hardware.device import open_device
 from siliconlm.model.weights import read_model
 from siliconlm.training.loop import evaluate, result_of
@@ -33,6 +33,7 @@ COMMANDS = [
     "doctor",
     "finetune",
     "run",
+    "serve",
     "prepare",
     "probe-batch",
     "profile",
@@ -301,7 +302,7 @@ def test_a_dry_run_reckons_with_the_measured_speed(silicon: Silicon, own: Traine
 def test_a_disk_too_small_for_the_checkpoints_is_told(
     silicon: Silicon, own: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "disk_free", lambda _: 1000)
+    monkeypatch.setattr("siliconlm.engine.training.disk_free", lambda _: 1000)
     for more in (["--dry-run"], ["--steps", "1"]):
         done = silicon("train", "--data", "plays", "--preset", own.preset, *more)
         assert done.code == 0 and "the disk may fill up" in done.told and "train.keep=2" in done.told

@@ -16,7 +16,8 @@ from siliconlm import events as ev
 from siliconlm.cli.page import write_pages
 from siliconlm.cli.report import Report, read_report
 from siliconlm.config import Layer, resolve, write_run
-from siliconlm.data.prepare import open_dataset, prepare
+from siliconlm.data.dataset import open_dataset
+from siliconlm.data.prepare import prepare
 from siliconlm.training.checkpoint import RunFolder, read_checkpoint, runs_folder
 
 if TYPE_CHECKING:

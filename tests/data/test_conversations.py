@@ -12,7 +12,7 @@ import pytest
 from siliconlm.data import tasks
 from siliconlm.data.chat import Message, Template, open_template
 from siliconlm.data.conversations import prepare_chat, read_questions
-from siliconlm.data.prepare import open_dataset
+from siliconlm.data.dataset import open_dataset
 from siliconlm.data.tokenizer import byte_tokenizer
 from siliconlm.errors import SiliconError
 from siliconlm.events import Event, Notice, Prepared

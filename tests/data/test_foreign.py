@@ -21,8 +21,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from siliconlm.data import foreign, write
 from siliconlm.data.chat import open_template
 from siliconlm.data.conversations import prepare_chat
+from siliconlm.data.dataset import Dataset, open_dataset
 from siliconlm.data.foreign import find_token_files, read_meta
-from siliconlm.data.prepare import Dataset, open_dataset, prepare
+from siliconlm.data.prepare import prepare
 from siliconlm.data.remake import remake_command
 from siliconlm.data.tokenizer import Tokenizer, bpe_tokenizer, char_tokenizer, open_tokenizer
 from siliconlm.data.write import write_tokens

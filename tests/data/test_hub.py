@@ -12,8 +12,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from siliconlm.data.dataset import open_dataset
 from siliconlm.data.hub import fetch_dataset, fetch_tokenizer
-from siliconlm.data.prepare import open_dataset, prepare
+from siliconlm.data.prepare import prepare
 from siliconlm.data.tokenizer import bpe_tokenizer
 from siliconlm.errors import SiliconError
 from siliconlm.events import Event, Notice, Working

@@ -18,7 +18,8 @@ import tokenizers
 from pyarrow import parquet
 
 from siliconlm.data import prepare as module
-from siliconlm.data.prepare import Dataset, datasets, open_dataset, prepare
+from siliconlm.data.dataset import Dataset, datasets, open_dataset
+from siliconlm.data.prepare import prepare
 from siliconlm.data.remake import remake_command
 from siliconlm.data.sources import builtin_pieces
 from siliconlm.data.tokenizer import bpe_tokenizer, byte_tokenizer

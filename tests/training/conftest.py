@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from siliconlm.config import Layer, RunConfig, resolve
-from siliconlm.data.prepare import Dataset, open_dataset, prepare
+from siliconlm.data.dataset import Dataset, open_dataset
+from siliconlm.data.prepare import prepare
 from siliconlm.hardware.device import Device, open_device
 
 TINY = {"model.n_layer": 2, "model.n_embd": 16, "model.n_head": 2, "model.n_kv_head": 1, "model.head_dim": 8}

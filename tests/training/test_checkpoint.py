@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from siliconlm.config import RunConfig
-from siliconlm.data.prepare import Dataset
+from siliconlm.data.dataset import Dataset
 from siliconlm.errors import SiliconError
 from siliconlm.events import Evaluated, Notice, Resumed, Saved, Step
 from siliconlm.hardware.device import Device

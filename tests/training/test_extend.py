@@ -14,7 +14,8 @@ import pytest
 
 from siliconlm import engine
 from siliconlm.config import Layer, write_run
-from siliconlm.data.prepare import Dataset, prepare
+from siliconlm.data.dataset import Dataset
+from siliconlm.data.prepare import prepare
 from siliconlm.errors import SiliconError
 from siliconlm.events import Evaluated, Event, Finished, Notice, Resumed, Started, Step
 from siliconlm.training.checkpoint import RunFolder, find_run, read_log

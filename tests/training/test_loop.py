@@ -21,8 +21,9 @@ from torch.amp.grad_scaler import GradScaler
 from siliconlm import engine
 from siliconlm.config import DataConfig, Layer, RunConfig, flatten, resolve
 from siliconlm.data.batches import IGNORED, Batch, Batches
+from siliconlm.data.dataset import Dataset, open_dataset
 from siliconlm.data.packing import Windows, validation
-from siliconlm.data.prepare import Dataset, open_dataset, prepare
+from siliconlm.data.prepare import prepare
 from siliconlm.errors import SiliconError
 from siliconlm.events import Evaluated, Event, Finished, Notice, Progress, Saved, Step
 from siliconlm.hardware.device import Device
