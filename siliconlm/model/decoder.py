@@ -10,6 +10,7 @@ Parameters are named as the Hugging Face files name them (Qwen3/Llama), so readi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
@@ -26,6 +27,7 @@ from siliconlm.model.loss import chunk_rows, chunked_loss, matmul_dtype
 from siliconlm.model.ops import remade, rms_norm, rotate, swiglu
 
 Checkpoint = Callable[..., Any]
+EMBEDDING = 0.02  # standard deviation of fresh embeddings and heads
 REMADE_WIDTH = 256  # of narrower models operators are as dear as their arithmetic
 
 
@@ -176,7 +178,8 @@ class Decoder(nn.Module):
                 values = torch.zeros(weight.shape)
             else:
                 small = "embed" in name or name == "lm_head.weight"
-                values = torch.randn(weight.shape, generator=generator) * (0.02 if small else weight.size(1) ** -0.5)
+                deviation = EMBEDDING if small else weight.size(1) ** -0.5
+                values = torch.randn(weight.shape, generator=generator) * deviation
             weight.copy_(values)
 
     def count_parameters(self) -> int:
@@ -189,6 +192,19 @@ def count_parameters(config: ModelConfig) -> int:
     """Trained numbers of a shape, without making it."""
     with torch.device("meta"):
         return Decoder(config).count_parameters()
+
+
+def fresh_loss(config: ModelConfig) -> float:
+    """About what fresh weights lose on random tokens, in nats per token.
+
+    Every block is the identity then, so the head sees the normalised embedding. A tied one answers each token with
+    that token, the surer the wider the model; otherwise logits are small and the loss is that of chance.
+    """
+    noise = math.log(config.vocab_size) + EMBEDDING**2 * config.n_embd / 2
+    if not config.tied:
+        return noise
+    itself = EMBEDDING * config.n_embd / (math.sqrt(2) if config.position == "learned" else 1)
+    return float(np.logaddexp(noise, itself))
 
 
 class Trunk(nn.Module):

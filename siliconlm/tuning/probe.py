@@ -6,7 +6,6 @@ The parent always survives: a child that fails, hangs, swaps or is killed is an 
 from __future__ import annotations
 
 import json
-import math
 import os
 import site
 import subprocess
@@ -24,6 +23,7 @@ import siliconlm
 from siliconlm.config import RunConfig
 from siliconlm.events import Probed
 from siliconlm.hardware.device import Device
+from siliconlm.model.decoder import fresh_loss
 
 MEASURE_SECONDS = 1.0
 FRACTION = 0.9  # of what the GPU recommends: allocations beyond it fail in the child instead of swapping
@@ -35,7 +35,7 @@ CHILD_SECONDS = 4.0  # until a child has begun: the interpreter, torch, the mode
 PATIENCE = 3.0  # times the seconds that a child should take, and it counts as hanging
 COLD = "timed on the first step"
 CANARY = 0.01  # nats by which the same loss may differ when computed twice
-NEAR_CHANCE = 0.3  # by which the loss of fresh weights may differ from ln(vocabulary), as a share of it
+NEAR_FRESH = 0.3  # by which the loss of fresh weights may differ from what is expected, as a share of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,10 @@ def probe(
     forward, updating = answer.values["forward_seconds"], answer.values["update_seconds"]
     row = replace(row, forward_seconds=forward, update_seconds=updating)
     row = replace(row, tokens_per_s=round(rate(config, row.micro_batch, forward, updating), 1))
-    chance = math.log(config.model.vocab_size)
-    if not abs(answer.values["loss"] - chance) <= NEAR_CHANCE * chance:  # so written, a NaN fails as well
-        return replace(row, reason=f"the loss is wrong: {answer.values['loss']:.2f}, where chance is {chance:.2f}")
+    fresh = fresh_loss(config.model)
+    if not abs(answer.values["loss"] - fresh) <= NEAR_FRESH * fresh:  # so written, a NaN fails as well
+        reason = f"the loss is wrong: {answer.values['loss']:.2f}, where fresh weights have about {fresh:.2f}"
+        return replace(row, reason=reason)
     if not answer.values["canary"] <= CANARY:
         return replace(row, reason="the same loss came out differently when repeated")
     if row.memory > budget:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from siliconlm.config import Layer, MachineConfig, ModelConfig, read_profile, resolve
 from siliconlm.hardware.device import open_device
-from siliconlm.model.decoder import Cache, Decoder
+from siliconlm.model.decoder import Cache, Decoder, fresh_loss
+from siliconlm.model.families import FEATURES
 
 Random = Callable[..., Decoder]
 
@@ -190,3 +191,18 @@ def test_a_shape_is_counted_without_torchs_compiler(features: dict[str, object])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     expected = Decoder(ModelConfig(vocab_size=64, **features)).count_parameters()  # type: ignore[arg-type]
     assert done.stdout.split() == [str(expected), "False"]
+
+
+@pytest.mark.parametrize("family", FEATURES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("width", [64, 384, 768])
+def test_what_fresh_weights_lose_is_known(family: str, tied: bool, width: int) -> None:
+    """A probe holds a device's first loss against it; of wide tied models it is far from chance."""
+    shape = {"n_layer": 1, "n_embd": width, "n_head": width // 64, "n_kv_head": width // 64, "head_dim": 64}
+    config = ModelConfig(**shape, **FEATURES[family], n_ff=64, vocab_size=320, context=128, tied=tied)
+    model = Decoder(config)
+    model.initialise(1)
+    ids = torch.randint(320, (2, 129), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        loss = float(model.loss(ids[:, :-1], ids[:, 1:])) / 256
+    assert loss == pytest.approx(fresh_loss(config), rel=0.1)

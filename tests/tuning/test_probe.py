@@ -104,7 +104,7 @@ FATES = {
     "printed a loss that is wrong each time": (
         answer(loss=0.0),
         "failed",
-        "the loss is wrong: 0.00, where chance is 4.16",
+        "the loss is wrong: 0.00, where fresh weights have about",
     ),
     "printed a loss that changes": (answer(canary=1.0), "failed", "differently"),
     "the driver ran out": (
