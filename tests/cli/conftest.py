@@ -154,6 +154,6 @@ def trained(made: Trained, monkeypatch: pytest.MonkeyPatch) -> Trained:
 @pytest.fixture
 def own(made: Trained, home: Path) -> Trained:
     """A copy of the shared home, to damage."""
-    shutil.copytree(made.home, home)
+    shutil.copytree(made.home, home, ignore=shutil.ignore_patterns("evals.jsonl"))
     os.utime(home / "runs" / "whole" / "log.jsonl")
     return Trained(home, made.text, made.preset)

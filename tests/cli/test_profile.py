@@ -30,7 +30,8 @@ open(os.environ["MARKS"], "a").write(f"{micro}\\n")
 size = model["n_layer"] * model["n_embd"] ** 2
 forward = 0.001 + size * micro * model["context"] / 1e9
 print(json.dumps({"memory": 10**8 + 10**6 * micro, "forward_seconds": forward, "update_seconds": 0.001,
-                  "loss": math.log(model["vocab_size"]), "canary": 0.0, "burst_seconds": forward}))
+                  "loss": math.log(model["vocab_size"] + math.exp(0.02 * model["n_embd"])), "canary": 0.0,
+                  "burst_seconds": forward}))
 """
 
 

@@ -38,7 +38,7 @@ weights = model["n_layer"] * model["n_embd"] * (4 * model["n_embd"] + 3 * model[
 forward = 0.002 + 6 * weights * micro * model["context"] / 20e9
 memory = 3 * 10**8 + 20 * weights + 10**5 * micro
 print(json.dumps({"memory": memory, "forward_seconds": forward, "update_seconds": weights / 1e8, "canary": 0.0,
-                  "loss": math.log(128), "burst_seconds": forward}))
+                  "loss": math.log(128 + math.exp(0.02 * model["n_embd"])), "burst_seconds": forward}))
 """
 
 
