@@ -12,7 +12,7 @@ from siliconlm.data.conversations import (
     BUILTIN_CHAT,
 )
 from siliconlm.data.dataset import Dataset, open_dataset
-from siliconlm.data.packing import training_stream
+from siliconlm.data.packing import Packed, training_stream
 from siliconlm.engine.datasets import tuning_data
 from siliconlm.engine.models import Opened, check_tokenizer, open_model
 from siliconlm.engine.setup import Request, Stop, gathering, resolve_request, tune
@@ -20,6 +20,7 @@ from siliconlm.engine.training import by_the_clock, logged, run_events, tell_dis
 from siliconlm.events import (
     Chosen,
     Event,
+    Notice,
 )
 from siliconlm.files import sha256
 from siliconlm.training.checkpoint import (
@@ -64,6 +65,10 @@ def finetune(
         tuned, tokens_per_s = yield from gathering(tune(request, dataset), choices)
         config = by_the_clock(tuned, deadline)
         yield from tell_disk(config)
+        stream = training_stream(dataset, config.model.context, config.data, config.train.seed)
+        if isinstance(stream, Packed) and stream.cut:
+            what = f"{stream.cut:,} conversations are longer than the context of {config.model.context:,} tokens"
+            yield Notice(f"{what}: their ends are not learned", "warning")
         about: dict[str, Any] = {"dataset": str(dataset.path), "data": dataset.fingerprint, "preset": opened.name}
         about |= {"from": opened.name, "from_path": str(opened.path), "from_sha256": sha256(opened.weights)}
         about |= {"stage": "chat" if dataset.is_chat else "text"}

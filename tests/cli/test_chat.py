@@ -19,7 +19,7 @@ import pytest
 from siliconlm import engine
 from siliconlm.config import Layer
 from siliconlm.data.chat import Message
-from siliconlm.events import Evaluated, Resumed, Saved
+from siliconlm.events import Evaluated, Notice, Resumed, Saved
 from siliconlm.training.checkpoint import find_run
 from tests.cli.conftest import MINI, TEXT, Silicon
 
@@ -36,6 +36,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SILICON_HOME", str(folder / "home"))
         list(engine.prepare([str(folder / "plays.txt")], "plays"))
+        list(engine.prepare([str(folder / "plays.txt")], "letters", "char"))
         list(engine.train(engine.Request("plays", str(folder / "mini.toml")), "base"))
         rates = Layer("test", {"optim.lr": 0.02, "optim.matrix_lr": 0.05, "train.steps": 150, "model.context": 64})
         request = engine.Request(profile="none", flags=(rates,))
@@ -127,6 +128,13 @@ def test_a_tuning_that_lost_all_its_checkpoints_begins_with_its_base_again(tuned
     assert losses[0] == losses[1] and [event.step for event in again if isinstance(event, Saved)] == [0, 3]
 
 
+def test_conversations_that_are_cut_are_told(tuned: Path) -> None:
+    request = engine.Request(profile="none", flags=(Layer("test", {"train.steps": 1, "model.context": 32}),))
+    events = list(engine.finetune(request, "base", str(tuned / "talks.jsonl"), name="short"))
+    told = [event.message for event in events if isinstance(event, Notice) and "are not learned" in event.message]
+    assert len(told) == 1 and "longer than the context of 32 tokens" in told[0]
+
+
 def test_epochs_become_steps(tuned: Path) -> None:
     request = engine.Request(profile="none", flags=(Layer("test", {"model.context": 64}),))
     list(engine.finetune(request, "base", str(tuned / "talks.jsonl"), epochs=2, name="twice"))
@@ -161,6 +169,7 @@ def test_conversations_are_found_by_what_they_are(silicon: Silicon, tuned: Path)
         (["chat", "chatty", "--template", "llama3", "--prompt", "x"], ["llama3 needs", "<|eot_id|>"]),
         (["chat", "chatty", "--prompt", "x" * 200], ["the message is too long", "64 tokens"]),
         (["finetune", "base", "--data", "nowhere.jsonl"], ["no conversations there", "nowhere.jsonl"]),
+        (["finetune", "base", "--data", "letters"], ["letters was made with another tokenizer"]),
         (["finetune", "nobody"], ["no run named nobody"]),
         (["finetune", "base", "--data", "plays", "--template", "x.jinja"], ["no such template"]),
     ],
